@@ -1,0 +1,337 @@
+//! The HTTP and WebSocket client that the CLI and the agent share.
+//!
+//! Both protocols go through one `reqwest` client, so that proxies (`HTTPS_PROXY`, CONNECT), the operating system's
+//! trust roots and time-outs work alike for API calls, the control link, the relay and attach. A WebSocket is an
+//! ordinary request that the server answers with 101 (RFC 6455 §4); its frames are then `tungstenite`'s.
+
+use std::{error::Error as _, net::IpAddr, sync::Once, time::Duration};
+
+use bytes::BytesMut;
+use futures_util::{Stream, StreamExt as _};
+use reqwest::{Method, StatusCode, Url, header};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        handshake::{client::generate_key, derive_accept_key},
+        protocol::{Role, WebSocketConfig},
+    },
+};
+
+use crate::{ApiError, ErrorBody, ErrorCode, Secret};
+
+/// How long a server may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an ordinary request may take in all.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// The largest error body that is read, and the longest line of an event stream.
+const MAX_LINE: usize = 1 << 20;
+
+/// A WebSocket to the server.
+pub type WebSocket = WebSocketStream<reqwest::Upgraded>;
+
+/// Why a call did not give what it was made for.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The server's address cannot be used.
+    #[error("{url:?} is not a usable server URL: {reason}")]
+    BadUrl {
+        /// What was given.
+        url: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// No answer: refused, unreachable, timed out, or cut off.
+    #[error("cannot reach {server}: {reason}")]
+    Unreachable {
+        /// The server's address.
+        server: String,
+        /// The innermost reason.
+        reason: String,
+    },
+    /// The server refused, and says why.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// The answer is not one a Loom server gives: a proxy or another program is in the way.
+    #[error("unexpected answer from {server}: {reason}")]
+    Protocol {
+        /// The server's address.
+        server: String,
+        /// What was odd.
+        reason: String,
+    },
+}
+
+impl ClientError {
+    /// The API's error code, when the server itself refused.
+    #[must_use]
+    pub const fn code(&self) -> Option<ErrorCode> {
+        match self {
+            Self::Api(error) => Some(error.code),
+            _ => None,
+        }
+    }
+}
+
+/// A client of one server. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    base: Url,
+    token: Option<Secret>,
+}
+
+impl Client {
+    /// A client for the server at `url`, authenticated by `token` if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::BadUrl`] when `url` is not `https://`, or `http://` on loopback: a token never travels in clear.
+    ///
+    /// # Panics
+    ///
+    /// Never in practice: only if the TLS library cannot be set up at all.
+    pub fn new(url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
+        static PROVIDER: Once = Once::new();
+        PROVIDER.call_once(|| {
+            // An error only says that somebody else has installed one.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        });
+        let bad = |reason| ClientError::BadUrl { url: url.to_owned(), reason };
+        let base: Url = url.parse().map_err(|_| bad("it cannot be parsed"))?;
+        match base.scheme() {
+            "https" => {}
+            "http" if is_loopback(&base) => {}
+            "http" => return Err(bad("plain http is for loopback only; use https")),
+            _ => return Err(bad("it must begin with https:// (or http:// on loopback)")),
+        }
+        let http = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .user_agent(concat!("loom/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|_| bad("the TLS library cannot be set up"))?;
+        Ok(Self { http, base, token })
+    }
+
+    /// The server's address.
+    #[must_use]
+    pub const fn base(&self) -> &Url {
+        &self.base
+    }
+
+    /// The same client with another token.
+    #[must_use]
+    pub fn with_token(&self, token: Secret) -> Self {
+        Self { token: Some(token), ..self.clone() }
+    }
+
+    /// `GET path` for a JSON object.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientError`] says.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.json(self.request(Method::GET, path)?).await
+    }
+
+    /// `POST path` with a JSON body, for a JSON object.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientError`] says.
+    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        self.json(self.request(Method::POST, path)?.json(body)).await
+    }
+
+    /// `POST path` that the server performs once for all tries with the same `idempotency_key`.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientError`] says.
+    pub async fn post_once<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        idempotency_key: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        self.json(self.request(Method::POST, path)?.header("idempotency-key", idempotency_key).json(body)).await
+    }
+
+    /// `DELETE path`.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientError`] says.
+    pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
+        self.send(self.request(Method::DELETE, path)?.timeout(REQUEST_TIMEOUT)).await.map(drop)
+    }
+
+    /// `GET path` for its body as it comes, without an end in time.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientError`] says; the stream ends with an error when the connection is cut.
+    pub async fn bytes(
+        &self,
+        path: &str,
+    ) -> Result<impl Stream<Item = Result<bytes::Bytes, ClientError>> + Send + use<>, ClientError> {
+        let response = self.send(self.request(Method::GET, path)?).await?;
+        let server = self.base.clone();
+        Ok(response.bytes_stream().map(move |chunk| chunk.map_err(|error| unreachable_error(&server, &error))))
+    }
+
+    /// `GET path` for server-sent events (WHATWG HTML §9.2): the `data` of each, read as JSON.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientError`] says; the stream ends with an error when the connection is cut.
+    pub async fn events<T: DeserializeOwned + Send + 'static>(
+        &self,
+        path: &str,
+    ) -> Result<impl Stream<Item = Result<T, ClientError>> + Send + use<T>, ClientError> {
+        let body = Box::pin(self.bytes(path).await?);
+        let server = self.base.to_string();
+        let state = (body, BytesMut::new(), server);
+        Ok(futures_util::stream::try_unfold(state, |(mut body, mut buffer, server)| async move {
+            loop {
+                while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
+                    let line = buffer.split_to(end + 1);
+                    let Some(data) = line.strip_prefix(b"data:") else { continue };
+                    let item = serde_json::from_slice(data).map_err(|error| ClientError::Protocol {
+                        server: server.clone(),
+                        reason: format!("an event that cannot be read: {error}"),
+                    })?;
+                    return Ok(Some((item, (body, buffer, server))));
+                }
+                if buffer.len() > MAX_LINE {
+                    return Err(ClientError::Protocol { server, reason: "an event without an end".to_owned() });
+                }
+                match body.next().await {
+                    Some(chunk) => buffer.extend_from_slice(&chunk?),
+                    None => return Ok(None),
+                }
+            }
+        }))
+    }
+
+    /// Opens a WebSocket at `path`, which may carry a query.
+    ///
+    /// Messages above `max_frame` bytes end the connection.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientError`] says.
+    pub async fn websocket(
+        &self,
+        path: &str,
+        subprotocol: Option<&str>,
+        max_frame: usize,
+    ) -> Result<WebSocket, ClientError> {
+        let key = generate_key();
+        let mut request = self
+            .request(Method::GET, path)?
+            .header(header::CONNECTION, "Upgrade")
+            .header(header::UPGRADE, "websocket")
+            .header(header::SEC_WEBSOCKET_VERSION, "13")
+            .header(header::SEC_WEBSOCKET_KEY, &key);
+        if let Some(subprotocol) = subprotocol {
+            request = request.header(header::SEC_WEBSOCKET_PROTOCOL, subprotocol);
+        }
+        let opening = async {
+            let response = self.send(request).await?;
+            let accept = response.headers().get(header::SEC_WEBSOCKET_ACCEPT).and_then(|value| value.to_str().ok());
+            if response.status() != StatusCode::SWITCHING_PROTOCOLS
+                || accept != Some(&derive_accept_key(key.as_bytes()))
+            {
+                return Err(self.protocol_error("the WebSocket upgrade was not done; is a proxy in the way?"));
+            }
+            response.upgrade().await.map_err(|error| unreachable_error(&self.base, &error))
+        };
+        let stream = match tokio::time::timeout(REQUEST_TIMEOUT, opening).await {
+            Ok(stream) => stream?,
+            Err(_) => {
+                return Err(ClientError::Unreachable {
+                    server: self.base.to_string(),
+                    reason: "timed out while opening a WebSocket".to_owned(),
+                });
+            }
+        };
+        let config = WebSocketConfig::default().max_message_size(Some(max_frame)).max_frame_size(Some(max_frame));
+        Ok(WebSocketStream::from_raw_socket(stream, Role::Client, Some(config)).await)
+    }
+
+    fn request(&self, method: Method, path: &str) -> Result<reqwest::RequestBuilder, ClientError> {
+        let url = self.base.join(path).map_err(|_| ClientError::BadUrl {
+            url: format!("{}{path}", self.base),
+            reason: "the path cannot be joined to it",
+        })?;
+        let mut request = self.http.request(method, url);
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token.expose());
+        }
+        Ok(request)
+    }
+
+    async fn json<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T, ClientError> {
+        let response = self.send(request.timeout(REQUEST_TIMEOUT)).await?;
+        let body = response.bytes().await.map_err(|error| unreachable_error(&self.base, &error))?;
+        serde_json::from_slice(&body).map_err(|error| {
+            self.protocol_error(&format!("the answer cannot be read ({error}); are the versions too far apart?"))
+        })
+    }
+
+    /// Sends, and turns an error status into the error it stands for.
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, ClientError> {
+        let response = request.send().await.map_err(|error| unreachable_error(&self.base, &error))?;
+        let status = response.status();
+        if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(response);
+        }
+        let body = response.bytes().await.unwrap_or_default();
+        match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(body) => Err(body.error.into()),
+            Err(_) => Err(self.protocol_error(&format!("HTTP {status}, and not from a Loom server"))),
+        }
+    }
+
+    fn protocol_error(&self, reason: &str) -> ClientError {
+        ClientError::Protocol { server: self.base.to_string(), reason: reason.to_owned() }
+    }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    match url.host_str() {
+        Some("localhost") => true,
+        Some(host) => host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|address| address.is_loopback()),
+        None => false,
+    }
+}
+
+/// The innermost cause says what happened ("connection refused"); the outer ones only repeat the address.
+fn unreachable_error(server: &Url, error: &reqwest::Error) -> ClientError {
+    let mut reason = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        reason = inner.to_string();
+        source = inner.source();
+    }
+    if error.is_timeout() {
+        "timed out".clone_into(&mut reason);
+    }
+    ClientError::Unreachable { server: server.to_string(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_never_travels_in_clear() {
+        for good in ["https://loom.example", "http://127.0.0.1:7700", "http://localhost:7700", "http://[::1]:1"] {
+            assert!(Client::new(good, None).is_ok(), "{good}");
+        }
+        for bad in ["http://loom.example", "ftp://127.0.0.1", "loom.example", "", "http://127.0.0.1.evil.example"] {
+            assert!(matches!(Client::new(bad, None), Err(ClientError::BadUrl { .. })), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! The only part of the tunnel that knows tokio, sockets and the clock.
+//!
+//! A [`Tunnel`] is one [`Node`] and one TCP stack under one lock, and three kinds of tasks around them:
+//!
+//! - the *driver* (`run`) owns the UDP sockets. Woken by a socket, a timer or a stream, it takes in everything that has
+//!   arrived and sends everything that is due, in batches, the lock held for one batch at a time;
+//! - whoever uses a [`TunnelStream`] reads and writes the connection's buffers in place and wakes the driver;
+//! - whoever runs [`Tunnel::run_relay`] carries frames between the node and the relay.
+//!
+//! The driver ends with [`Tunnel::shutdown`] or with the last handle; then every connection is reset.
+
+mod interfaces;
+mod run;
+mod udp;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt, io,
+    net::{Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use ring::rand::{SecureRandom as _, SystemRandom};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use x25519_dalek::{PublicKey, StaticSecret};
+
+pub use self::udp::NO_GSO;
+use self::{run::Driver, udp::UdpSockets};
+use crate::{
+    netstack::{Flow, Full, Netstack, OpenError},
+    node::{Counters, Node, NodeConfig},
+    path::PathKind,
+    peer::{PeerConfig, PeerStatus},
+    relay::{RelayConnector, client, queue::RelayQueue},
+    stream::TunnelStream,
+};
+
+/// Connections and events that wait for the application to ask for them. When it does not, further connections are
+/// refused and further events are lost.
+const MAX_WAITING: usize = 256;
+
+/// How long a peer has to complete a handshake that we have accepted.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Batches of packets made for a peer that is being removed: one reset for each connection that a node may have.
+const FAREWELL_BATCHES: usize = 32;
+
+/// What a node is.
+pub struct Config {
+    /// Its X25519 private key.
+    pub private_key: StaticSecret,
+    /// Its address inside the tunnel.
+    pub address: Ipv6Addr,
+    /// The local addresses to bind UDP sockets to; an empty list is a node that has only its relay.
+    pub udp: Vec<SocketAddr>,
+}
+
+/// Why a connection into the tunnel failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// No peer has that address.
+    #[error("no peer has the address {0}")]
+    NoPeer(Ipv6Addr),
+    /// Nobody listens there.
+    #[error("connection refused")]
+    Refused,
+    /// No answer in time.
+    #[error("timed out")]
+    TimedOut,
+    /// The node has been shut down.
+    #[error("the tunnel is closed")]
+    Closed,
+    /// Too many connections at once.
+    #[error("too many connections")]
+    TooMany,
+}
+
+/// What a node has to say unasked.
+#[derive(Debug, Clone)]
+pub enum TunnelEvent {
+    /// A valid handshake came from a key that is no peer (at most a few per second).
+    UnknownPeer(PublicKey),
+}
+
+/// Handle of a running node. Cheap to clone; the node ends with [`Tunnel::shutdown`] or its last handle.
+#[derive(Clone)]
+pub struct Tunnel {
+    handle: Arc<Handle>,
+}
+
+/// Connections that peers open to us.
+pub struct Incoming {
+    connections: mpsc::Receiver<IncomingConnection>,
+}
+
+/// What the node says unasked.
+pub struct Events {
+    events: mpsc::Receiver<TunnelEvent>,
+}
+
+/// One connection that a peer wants; dropped, it is refused.
+pub struct IncomingConnection {
+    /// Who.
+    pub peer: PublicKey,
+    /// From where inside the tunnel.
+    pub peer_address: Ipv6Addr,
+    /// To which port of ours.
+    pub port: u16,
+    shared: Arc<Shared>,
+    /// Until it is decided.
+    flow: Option<Flow>,
+}
+
+/// What all handles share; the driver ends when it goes.
+struct Handle {
+    shared: Arc<Shared>,
+    public_key: PublicKey,
+    bound: Vec<SocketAddr>,
+    driver: tokio::sync::Mutex<Option<JoinHandle<()>>>,
+    _cancel: DropGuard,
+}
+
+/// What handles, streams, the driver and the relay client share.
+pub(crate) struct Shared {
+    core: Mutex<Core>,
+    wake: Notify,
+    /// Told when the relay queue is no longer empty.
+    pub(crate) relay_ready: Notify,
+    /// Counts the changes of the host's network.
+    pub(crate) network: watch::Sender<u64>,
+    /// Cancelled when the node ends.
+    pub(crate) ended: CancellationToken,
+}
+
+/// The state machines.
+pub(crate) struct Core {
+    pub(crate) node: Node,
+    pub(crate) netstack: Netstack,
+    pub(crate) relay: RelayQueue,
+    /// The peers by their addresses.
+    peers: HashMap<Ipv6Addr, PublicKey>,
+    closed: bool,
+    /// Batches that must go out although their peer is removed.
+    last_words: VecDeque<(SocketAddr, usize, Vec<u8>)>,
+    /// The packet that is just being decrypted.
+    packet: Vec<u8>,
+}
+
+impl Tunnel {
+    /// Binds the sockets and starts the node; must be called within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// When no UDP socket can be bound although some were asked for.
+    pub fn start(config: Config) -> io::Result<(Self, Incoming, Events)> {
+        let udp = UdpSockets::bind(&config.udp)?;
+        let bound = udp.local_addresses();
+        let now = Instant::now();
+        let node = Node::new(
+            NodeConfig { private_key: config.private_key, address: config.address, seed: random_seed()? },
+            now,
+        );
+        let public_key = node.public_key();
+        let ended = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            core: Mutex::new(Core {
+                node,
+                netstack: Netstack::new(config.address, random_seed()?, now),
+                relay: RelayQueue::default(),
+                peers: HashMap::new(),
+                closed: false,
+                last_words: VecDeque::new(),
+                packet: Vec::new(),
+            }),
+            wake: Notify::new(),
+            relay_ready: Notify::new(),
+            network: watch::Sender::new(0),
+            ended: ended.clone(),
+        });
+        let (connections_in, connections) = mpsc::channel(MAX_WAITING);
+        let (events_in, events) = mpsc::channel(MAX_WAITING);
+        let driver = Driver::new(Arc::clone(&shared), udp, connections_in, events_in);
+        // Owned by the handles: it ends with the last of them, and `shutdown` awaits it.
+        let driver = tokio::spawn(driver.run());
+        let handle = Handle {
+            shared,
+            public_key,
+            bound,
+            driver: tokio::sync::Mutex::new(Some(driver)),
+            _cancel: ended.drop_guard(),
+        };
+        Ok((Self { handle: Arc::new(handle) }, Incoming { connections }, Events { events }))
+    }
+
+    /// The node's public key.
+    #[must_use]
+    pub fn public_key(&self) -> PublicKey {
+        self.handle.public_key
+    }
+
+    /// UDP addresses of this host at which the node listens, loopback ones last.
+    #[must_use]
+    pub fn candidates(&self) -> Vec<SocketAddr> {
+        udp::candidates(&self.handle.bound)
+    }
+
+    /// Admits a peer, or changes it (new candidates, new pre-shared key). Starts the handshake when `initiate`. A peer
+    /// with the same address and another key is replaced: its connections are reset.
+    pub fn add_peer(&self, peer: PeerConfig, initiate: bool) {
+        let now = Instant::now();
+        let mut core = self.shared().lock();
+        let core = &mut *core;
+        let (key, address) = (peer.public_key, peer.address);
+        core.peers.retain(|&old, &mut holder| {
+            let moved = holder == key && old != address;
+            if moved {
+                core.netstack.reset(Some(old));
+            }
+            !moved
+        });
+        if core.peers.insert(address, key).is_some_and(|old| old != key) {
+            core.netstack.reset(Some(address));
+        }
+        core.node.upsert_peer(now, peer, initiate);
+        self.shared().wake();
+    }
+
+    /// Removes a peer and resets its connections at once.
+    pub fn remove_peer(&self, key: &PublicKey) {
+        let now = Instant::now();
+        let mut core = self.shared().lock();
+        if let Some(address) = core.address_of(key) {
+            core.netstack.reset(Some(address));
+            core.netstack.set_blocked(address, false);
+            // The resets are encrypted while there is still a session, and taken out before the node forgets the peer.
+            for _ in 0..FAREWELL_BATCHES {
+                if !core.advance(now) {
+                    break;
+                }
+            }
+            core.take_last_words();
+            core.peers.remove(&address);
+        }
+        core.node.remove_peer(now, key);
+        self.shared().wake();
+    }
+
+    /// All peers.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerStatus> {
+        self.shared().lock().node.peers(Instant::now())
+    }
+
+    /// What the node has dropped so far, by reason.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.shared().lock().node.counters()
+    }
+
+    /// Opens a connection to a peer's port. Dropping the future gives it up.
+    ///
+    /// # Errors
+    ///
+    /// As [`ConnectError`] says; gives up after `timeout`.
+    pub async fn connect(&self, address: Ipv6Addr, port: u16, timeout: Duration) -> Result<TunnelStream, ConnectError> {
+        let shared = self.shared();
+        let id = {
+            let mut core = shared.lock();
+            if core.closed {
+                return Err(ConnectError::Closed);
+            }
+            if !core.peers.contains_key(&address) {
+                return Err(ConnectError::NoPeer(address));
+            }
+            core.netstack.connect(Instant::now(), address, port).map_err(|Full| ConnectError::TooMany)?
+        };
+        let stream = TunnelStream::new(Arc::clone(shared), id);
+        shared.wake();
+        match tokio::time::timeout(timeout, stream.opened()).await {
+            Ok(Ok(())) => Ok(stream),
+            Ok(Err(OpenError::Refused)) if shared.lock().closed => Err(ConnectError::Closed),
+            Ok(Err(OpenError::Refused)) => Err(ConnectError::Refused),
+            Ok(Err(OpenError::TimedOut)) | Err(_) => Err(ConnectError::TimedOut),
+        }
+    }
+
+    /// Keeps a relay connection up, with back-off and jitter, until the node is shut down. One at a time.
+    pub async fn run_relay(&self, connector: impl RelayConnector) {
+        client::run(self.shared(), connector).await;
+    }
+
+    /// The host's network changed or it slept: probes every path again, connects to the relay anew, and sends again at
+    /// once what waits for an answer.
+    pub fn network_changed(&self) {
+        let now = Instant::now();
+        let mut core = self.shared().lock();
+        core.node.network_changed(now);
+        core.netstack.hurry(now, None);
+        drop(core);
+        self.shared().network.send_modify(|changes| *changes += 1);
+        self.shared().wake();
+    }
+
+    /// Resets all connections and ends the node. Returns when its sockets are closed.
+    pub async fn shutdown(&self) {
+        self.shared().ended.cancel();
+        if let Some(driver) = self.handle.driver.lock().await.take() {
+            _ = driver.await;
+        }
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.handle.shared
+    }
+}
+
+impl Incoming {
+    /// The next connection; `None` once the node has ended.
+    pub async fn next(&mut self) -> Option<IncomingConnection> {
+        self.connections.recv().await
+    }
+}
+
+impl Events {
+    /// The next event; `None` once the node has ended.
+    pub async fn next(&mut self) -> Option<TunnelEvent> {
+        self.events.recv().await
+    }
+}
+
+impl IncomingConnection {
+    /// Completes the handshake.
+    ///
+    /// # Errors
+    ///
+    /// When the peer has given up, the node has ended, or it has too many connections.
+    pub async fn accept(mut self) -> io::Result<TunnelStream> {
+        let gone = || io::Error::from(io::ErrorKind::ConnectionAborted);
+        let flow = self.flow.take().ok_or_else(gone)?;
+        let accepted = self.shared.lock().netstack.accept(Instant::now(), flow);
+        self.shared.wake();
+        let id = accepted.map_err(|Full| io::Error::other("too many connections"))?.ok_or_else(gone)?;
+        let stream = TunnelStream::new(Arc::clone(&self.shared), id);
+        match tokio::time::timeout(ACCEPT_TIMEOUT, stream.opened()).await {
+            Ok(Ok(())) => Ok(stream),
+            Ok(Err(OpenError::Refused)) => Err(gone()),
+            Ok(Err(OpenError::TimedOut)) | Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    /// Answers with a reset: connection refused.
+    pub fn refuse(self) {}
+}
+
+impl Drop for IncomingConnection {
+    fn drop(&mut self) {
+        if let Some(flow) = self.flow.take() {
+            self.shared.lock().netstack.refuse(Instant::now(), flow);
+            self.shared.wake();
+        }
+    }
+}
+
+impl fmt::Debug for IncomingConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IncomingConnection")
+            .field("peer_address", &self.peer_address)
+            .field("port", &self.port)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// The state machines. A panic of another task does not spread: they are consistent between any two calls.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the driver look for work.
+    pub(crate) fn wake(&self) {
+        self.wake.notify_one();
+    }
+}
+
+impl Core {
+    /// Takes in one datagram and whatever packets it holds.
+    pub(crate) fn handle_datagram(
+        &mut self,
+        now: Instant,
+        path: PathKind,
+        source: Option<&PublicKey>,
+        datagram: &mut [u8],
+    ) {
+        self.node.handle_datagram(now, path, source, datagram);
+        while self.node.poll_packet(&mut self.packet).is_some() {
+            self.netstack.handle_packet(now, &self.packet);
+        }
+    }
+
+    /// The address of a peer.
+    pub(crate) fn address_of(&self, key: &PublicKey) -> Option<Ipv6Addr> {
+        self.peers.iter().find(|(_, holder)| *holder == key).map(|(&address, _)| address)
+    }
+}
+
+fn random_seed() -> io::Result<u64> {
+    let mut seed = [0; 8];
+    SystemRandom::new().fill(&mut seed).map_err(|_| io::Error::other("the system has no random numbers"))?;
+    Ok(u64::from_ne_bytes(seed))
+}

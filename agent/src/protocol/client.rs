@@ -1,0 +1,482 @@
+//! The sidecar's side of the socket.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{SinkExt as _, StreamExt as _};
+use loom_api::attach::AttachQuery;
+use tokio::{
+    io::AsyncRead,
+    net::{
+        TcpStream, UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::Semaphore,
+    time::Instant,
+};
+use tokio_util::codec::{FramedRead, FramedWrite};
+
+use super::{
+    ExecRequest, ExitStatus, Failure, Frame, FrameCodec, FrameKind, HostState, MAX_FRAME, MAX_LARGE_FRAME, Reply,
+    Request, STDIN_WINDOW, StartRequest, WindowSize, read_message, socket_path, write_message,
+};
+use crate::passing;
+
+/// How long a connection is tried while the host's socket is not there: the two containers start together.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two of those tries.
+const CONNECT_RETRY: Duration = Duration::from_millis(20);
+
+/// Why an operation on the host failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// Nobody listens on the socket: the host has not started yet, or is gone.
+    #[error("the process host does not answer at {}: {source}", path.display())]
+    Unreachable {
+        /// The socket.
+        path: PathBuf,
+        /// What connecting said last.
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("the connection to the process host broke: {0}")]
+    Connection(#[from] io::Error),
+    /// The host, or the session, is gone.
+    #[error("the process host ended the session without a result")]
+    Gone,
+    /// The host does not speak this protocol.
+    #[error("unexpected answer from the process host: {0}")]
+    Protocol(&'static str),
+    /// The host refused, and says why.
+    #[error(transparent)]
+    Refused(#[from] Failure),
+}
+
+/// A client of the host in one run directory. Cheap to clone; each call is a connection of its own.
+#[derive(Debug, Clone)]
+pub struct HostClient {
+    socket: Arc<Path>,
+}
+
+impl HostClient {
+    /// A client of the host whose socket is in `run_dir`. Connects to nothing yet.
+    #[must_use]
+    pub fn new(run_dir: impl AsRef<Path>) -> Self {
+        Self { socket: socket_path(run_dir.as_ref()).into() }
+    }
+
+    /// Starts the main program, unless it was started before.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Refused`] when the program cannot be started; the others of [`HostError`].
+    pub async fn start(&self, request: StartRequest) -> Result<(), HostError> {
+        self.open(&Request::Start(request)).await.map(drop)
+    }
+
+    /// The main program's state and the listening ports, as they are now.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn state(&self) -> Result<HostState, HostError> {
+        self.watch().await?.next().await?.ok_or(HostError::Gone)
+    }
+
+    /// The same now and at every change.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn watch(&self) -> Result<StateStream, HostError> {
+        let stream = self.open(&Request::Watch).await?;
+        Ok(StateStream { frames: FramedRead::new(stream, FrameCodec::large()) })
+    }
+
+    /// Runs a program. It is hung up on when both halves of the session are dropped before it has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Refused`] when it cannot be run ([`Failure::exit_code`] is the shell's code for that).
+    pub async fn exec(&self, request: ExecRequest) -> Result<ExecSession, HostError> {
+        let (read, write) = self.open(&Request::Exec(request)).await?.into_split();
+        let window = Arc::new(Semaphore::new(STDIN_WINDOW));
+        Ok(ExecSession {
+            input: ExecInput { frames: Half::new(write, FrameCodec::stream()), window: Arc::clone(&window) },
+            output: ExecOutput { frames: FramedRead::new(read, FrameCodec::stream()), window, ended: false },
+        })
+    }
+
+    /// Joins the main terminal; the session carries exactly the frames of [`loom_api::attach`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn attach(&self, query: AttachQuery) -> Result<AttachSession, HostError> {
+        let (read, write) = self.open(&Request::Attach(query)).await?.into_split();
+        Ok(AttachSession {
+            input: AttachInput { frames: Half::new(write, FrameCodec::large()) },
+            output: AttachOutput { frames: FramedRead::new(read, FrameCodec::large()) },
+        })
+    }
+
+    /// The main program's output from the oldest byte kept, and with `follow` on to its end.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn logs(&self, follow: bool) -> Result<LogStream, HostError> {
+        let stream = self.open(&Request::Logs { follow }).await?;
+        Ok(LogStream { frames: FramedRead::new(stream, FrameCodec::stream()) })
+    }
+
+    /// Connects to a TCP port in the weaver: `127.0.0.1`, `::1`, then the addresses that listen on it. The socket was
+    /// connected by the host, in the weaver's network, and is passed over.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Refused`] with [`super::FailureKind::PortRefused`] when nothing accepts there.
+    pub async fn dial(&self, port: u16) -> Result<TcpStream, HostError> {
+        let mut stream = self.connect().await?;
+        write_message(&mut stream, &Request::Dial { port }).await?;
+        let (reply, descriptor) = passing::receive(&stream).await?;
+        let reply: Reply =
+            serde_json::from_slice(&reply).map_err(|_| HostError::Protocol("a reply that is no reply"))?;
+        accepted(reply)?;
+        let descriptor = descriptor.ok_or(HostError::Protocol("a dial's answer without a socket"))?;
+        let socket = std::net::TcpStream::from(descriptor);
+        socket.set_nonblocking(true)?;
+        socket.set_nodelay(true)?;
+        Ok(TcpStream::from_std(socket)?)
+    }
+
+    /// Tells everybody who is attached that the weaver ends in so many seconds.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn expiring(&self, seconds: u64) -> Result<(), HostError> {
+        self.open(&Request::Expiring { seconds }).await.map(drop)
+    }
+
+    /// Connects, asks, and reads the answer.
+    async fn open(&self, request: &Request) -> Result<UnixStream, HostError> {
+        let mut stream = self.connect().await?;
+        write_message(&mut stream, request).await?;
+        let reply = match read_message(&mut stream).await {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(HostError::Gone),
+            reply => reply?,
+        };
+        accepted(reply)?;
+        Ok(stream)
+    }
+
+    async fn connect(&self) -> Result<UnixStream, HostError> {
+        let give_up = Instant::now() + CONNECT_PATIENCE;
+        loop {
+            let source = match UnixStream::connect(&self.socket).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) => error,
+            };
+            let absent = matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            if !absent || Instant::now() >= give_up {
+                return Err(HostError::Unreachable { path: self.socket.to_path_buf(), source });
+            }
+            tokio::time::sleep(CONNECT_RETRY).await;
+        }
+    }
+}
+
+fn accepted(reply: Reply) -> Result<(), HostError> {
+    match reply {
+        Reply::Ok => Ok(()),
+        Reply::Failed(failure) => Err(failure.into()),
+    }
+}
+
+/// The changes that [`HostClient::watch`] tells.
+#[derive(Debug)]
+pub struct StateStream {
+    frames: FramedRead<UnixStream, FrameCodec>,
+}
+
+impl StateStream {
+    /// The next state; `None` when the host has ended. Cancel-safe.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn next(&mut self) -> Result<Option<HostState>, HostError> {
+        let Some(frame) = next(&mut self.frames).await? else {
+            return Ok(None);
+        };
+        json(&frame, FrameKind::State).map(Some)
+    }
+}
+
+/// A program that runs: one half to tell it things, one to hear from it. They may live in different tasks.
+#[derive(Debug)]
+pub struct ExecSession {
+    /// Towards the program.
+    pub input: ExecInput,
+    /// From the program.
+    pub output: ExecOutput,
+}
+
+/// Towards a program. Dropping it is no end of input: say [`ExecInput::eof`].
+///
+/// When the program has ended, everything here fails with [`HostError::Gone`], which is no failure of the session: its
+/// end, and the output before it, are still to be had from [`ExecOutput::next`].
+#[derive(Debug)]
+pub struct ExecInput {
+    frames: Half,
+    window: Arc<Semaphore>,
+}
+
+impl ExecInput {
+    /// Sends standard input of any length; waits while the program has not taken what was sent before, for which
+    /// [`ExecOutput::next`] must go on being called elsewhere. When cancelled, a part may have been sent.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Gone`] when the session has ended; the others of [`HostError`].
+    pub async fn data(&mut self, mut bytes: Bytes) -> Result<(), HostError> {
+        while !bytes.is_empty() {
+            let part = bytes.split_to(bytes.len().min(MAX_FRAME));
+            let credit = u32::try_from(part.len()).expect("a frame's length fits");
+            self.window.acquire_many(credit).await.map_err(|_| HostError::Gone)?.forget();
+            self.frames.send(Frame::new(FrameKind::Stdin, part)).await?;
+        }
+        Ok(())
+    }
+
+    /// No more input.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn eof(&mut self) -> Result<(), HostError> {
+        self.frames.send(Frame::new(FrameKind::StdinEof, Bytes::new())).await
+    }
+
+    /// The terminal's new size.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn resize(&mut self, rows: u16, cols: u16) -> Result<(), HostError> {
+        self.frames.send(Frame::json(FrameKind::Resize, &WindowSize { rows, cols })).await
+    }
+
+    /// A signal for the program's process group, named as in SSH (`INT`, `TERM`, …). An unknown name does nothing.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn signal(&mut self, name: &str) -> Result<(), HostError> {
+        self.frames.send(Frame::new(FrameKind::Signal, name.as_bytes().to_vec())).await
+    }
+}
+
+/// From a program.
+#[derive(Debug)]
+pub struct ExecOutput {
+    frames: FramedRead<OwnedReadHalf, FrameCodec>,
+    window: Arc<Semaphore>,
+    ended: bool,
+}
+
+/// What comes from a program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecEvent {
+    /// Standard output, or the terminal's output.
+    Stdout(Bytes),
+    /// Standard error.
+    Stderr(Bytes),
+    /// The end; all output came before.
+    Exit(ExitStatus),
+}
+
+impl ExecOutput {
+    /// What comes next; `None` after [`ExecEvent::Exit`]. Cancel-safe.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Gone`] when the host ended the session without an exit.
+    pub async fn next(&mut self) -> Result<Option<ExecEvent>, HostError> {
+        if self.ended {
+            return Ok(None);
+        }
+        loop {
+            let frame = next(&mut self.frames).await?.ok_or(HostError::Gone)?;
+            return Ok(Some(match frame.kind {
+                FrameKind::Stdout => ExecEvent::Stdout(frame.payload),
+                FrameKind::Stderr => ExecEvent::Stderr(frame.payload),
+                FrameKind::Exit => {
+                    self.ended = true;
+                    self.window.close();
+                    ExecEvent::Exit(json(&frame, FrameKind::Exit)?)
+                }
+                FrameKind::Window => {
+                    self.widen(&frame.payload)?;
+                    continue;
+                }
+                _ => return Err(HostError::Protocol("a frame that an exec does not have")),
+            }));
+        }
+    }
+
+    fn widen(&self, payload: &[u8]) -> Result<(), HostError> {
+        let taken =
+            payload.try_into().map(u32::from_be_bytes).map_err(|_| HostError::Protocol("a malformed window"))?;
+        let taken = taken as usize;
+        if self.window.available_permits() + taken > STDIN_WINDOW {
+            return Err(HostError::Protocol("a window wider than it may be"));
+        }
+        self.window.add_permits(taken);
+        Ok(())
+    }
+}
+
+impl Drop for ExecOutput {
+    fn drop(&mut self) {
+        // Nobody is left who would widen the window.
+        self.window.close();
+    }
+}
+
+/// An attached terminal: both halves may live in different tasks; the client leaves when both are dropped.
+#[derive(Debug)]
+pub struct AttachSession {
+    /// Towards the terminal.
+    pub input: AttachInput,
+    /// From the terminal.
+    pub output: AttachOutput,
+}
+
+/// A WebSocket frame of [`loom_api::attach`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AttachFrame {
+    /// Bytes.
+    Binary(Bytes),
+    /// Control, as JSON.
+    Text(String),
+}
+
+/// Towards an attached terminal.
+#[derive(Debug)]
+pub struct AttachInput {
+    frames: Half,
+}
+
+impl AttachInput {
+    /// Sends a frame as the client sent it.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Protocol`] when it is longer than [`MAX_LARGE_FRAME`]; the others of [`HostError`].
+    pub async fn send(&mut self, frame: AttachFrame) -> Result<(), HostError> {
+        let frame = match frame {
+            AttachFrame::Binary(bytes) => Frame::new(FrameKind::Binary, bytes),
+            AttachFrame::Text(text) => Frame::new(FrameKind::Text, text),
+        };
+        if frame.payload.len() > MAX_LARGE_FRAME {
+            return Err(HostError::Protocol("a frame longer than allowed"));
+        }
+        self.frames.send(frame).await
+    }
+}
+
+/// From an attached terminal.
+#[derive(Debug)]
+pub struct AttachOutput {
+    frames: FramedRead<OwnedReadHalf, FrameCodec>,
+}
+
+impl AttachOutput {
+    /// The next frame for the client; `None` when the terminal has said its last. Cancel-safe.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn next(&mut self) -> Result<Option<AttachFrame>, HostError> {
+        let Some(frame) = next(&mut self.frames).await? else {
+            return Ok(None);
+        };
+        match frame.kind {
+            FrameKind::Binary => Ok(Some(AttachFrame::Binary(frame.payload))),
+            FrameKind::Text => String::from_utf8(frame.payload.into())
+                .map(|text| Some(AttachFrame::Text(text)))
+                .map_err(|_| HostError::Protocol("a text frame that is not text")),
+            _ => Err(HostError::Protocol("a frame that an attach does not have")),
+        }
+    }
+}
+
+/// The main program's output.
+#[derive(Debug)]
+pub struct LogStream {
+    frames: FramedRead<UnixStream, FrameCodec>,
+}
+
+impl LogStream {
+    /// The next bytes; `None` when there are no more. Cancel-safe.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`HostError`].
+    pub async fn next(&mut self) -> Result<Option<Bytes>, HostError> {
+        match next(&mut self.frames).await? {
+            None => Ok(None),
+            Some(Frame { kind: FrameKind::Stdout, payload }) => Ok(Some(payload)),
+            Some(_) => Err(HostError::Protocol("a frame that logs do not have")),
+        }
+    }
+}
+
+/// The next frame; `None` at the end, also when the host closed without having read all that was sent to it.
+async fn next<R: AsyncRead + Unpin>(frames: &mut FramedRead<R, FrameCodec>) -> Result<Option<Frame>, HostError> {
+    match frames.next().await.transpose() {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+        frame => Ok(frame?),
+    }
+}
+
+fn json<T: serde::de::DeserializeOwned>(frame: &Frame, kind: FrameKind) -> Result<T, HostError> {
+    if frame.kind != kind {
+        return Err(HostError::Protocol("a frame of another operation"));
+    }
+    serde_json::from_slice(&frame.payload).map_err(|_| HostError::Protocol("a frame that is not what its kind says"))
+}
+
+/// The sending half of a session. Dropping it does not shut the connection down: to the host that would be a client who
+/// has gone, while the other half may still be listening.
+#[derive(Debug)]
+struct Half(Option<FramedWrite<OwnedWriteHalf, FrameCodec>>);
+
+impl Half {
+    fn new(write: OwnedWriteHalf, codec: FrameCodec) -> Self {
+        Self(Some(FramedWrite::new(write, codec)))
+    }
+
+    async fn send(&mut self, frame: Frame) -> Result<(), HostError> {
+        let sink = self.0.as_mut().expect("taken only when dropped");
+        sink.send(frame).await.map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => HostError::Gone,
+            _ => HostError::Connection(error),
+        })
+    }
+}
+
+impl Drop for Half {
+    fn drop(&mut self) {
+        if let Some(sink) = self.0.take() {
+            sink.into_inner().forget();
+        }
+    }
+}

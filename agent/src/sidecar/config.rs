@@ -1,0 +1,165 @@
+//! The sidecar's settings: environment variables that the provisioner sets, checked completely before anything starts.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use loom_api::{WeaverId, client::Client};
+
+/// The variables that there are; another one that begins like them is a mistake.
+const KNOWN: [&str; 7] = [
+    "LOOM_WEAVER_ID",
+    "LOOM_SERVER_URL",
+    "LOOM_CREDENTIAL_FILE",
+    "LOOM_RUN_DIR",
+    "LOOM_WORKSPACE_DIR",
+    "LOOM_UDP_BIND",
+    "LOOM_ALLOW_FILE_CLONE",
+];
+
+/// What the sidecar is told by its provisioner.
+pub(crate) struct Config {
+    /// The weaver.
+    pub(crate) weaver: WeaverId,
+    /// The server, without a token.
+    pub(crate) server: Client,
+    /// Holds the credential for registration; it is replaced from time to time.
+    pub(crate) credential_file: PathBuf,
+    /// The directory of the host's socket.
+    pub(crate) run_dir: PathBuf,
+    /// The workspace as the sidecar sees it.
+    pub(crate) workspace_dir: PathBuf,
+    /// Local addresses for UDP; none is a weaver that is reached over the relay only.
+    pub(crate) udp: Vec<SocketAddr>,
+    /// Whether `file://` repositories may be cloned: on a developer's own machine.
+    pub(crate) allow_file_clone: bool,
+}
+
+impl Config {
+    /// Reads the settings from an environment.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing, unknown, or cannot be what it should be.
+    pub(crate) fn from_env(env: impl IntoIterator<Item = (OsString, OsString)>) -> anyhow::Result<Self> {
+        let mut found = Vec::new();
+        for (name, value) in env {
+            let Some(name) = name.to_str().filter(|name| name.starts_with("LOOM_")) else { continue };
+            // Kubernetes tells every container of the services around it, under their names.
+            if name.contains("_SERVICE_") || name.contains("_PORT") {
+                continue;
+            }
+            ensure!(KNOWN.contains(&name), "{name} is not a setting of the sidecar");
+            let value = value.into_string().map_err(|_| anyhow::anyhow!("{name} is not text"))?;
+            found.push((name.to_owned(), value));
+        }
+        let get = |name: &str| found.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str());
+        let need =
+            |name: &str| get(name).filter(|value| !value.is_empty()).with_context(|| format!("{name} is not set"));
+        Ok(Self {
+            weaver: need("LOOM_WEAVER_ID")?.parse().context("LOOM_WEAVER_ID")?,
+            server: Client::new(need("LOOM_SERVER_URL")?, None).context("LOOM_SERVER_URL")?,
+            credential_file: need("LOOM_CREDENTIAL_FILE")?.into(),
+            run_dir: need("LOOM_RUN_DIR")?.into(),
+            workspace_dir: need("LOOM_WORKSPACE_DIR")?.into(),
+            udp: udp_addresses(get("LOOM_UDP_BIND"))?,
+            allow_file_clone: match get("LOOM_ALLOW_FILE_CLONE") {
+                None | Some("" | "0") => false,
+                Some("1") => true,
+                Some(other) => bail!("LOOM_ALLOW_FILE_CLONE is {other:?}; it must be 0 or 1"),
+            },
+        })
+    }
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "weaver {} server {} credential {} run {} workspace {} udp {:?}",
+            self.weaver,
+            self.server.base(),
+            self.credential_file.display(),
+            self.run_dir.display(),
+            self.workspace_dir.display(),
+            self.udp,
+        )
+    }
+}
+
+/// `off`, or addresses with commas between them; any port on every interface when nothing is said.
+fn udp_addresses(setting: Option<&str>) -> anyhow::Result<Vec<SocketAddr>> {
+    match setting {
+        None | Some("") => Ok(vec![(Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::UNSPECIFIED, 0).into()]),
+        Some("off") => Ok(Vec::new()),
+        Some(list) => list
+            .split(',')
+            .map(|address| {
+                let address = address.trim();
+                address.parse().with_context(|| format!("LOOM_UDP_BIND: {address:?} is not IP:PORT"))
+            })
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WEAVER: &str = "W-01930000-0000-7000-8000-000000000000";
+
+    fn read(changes: &[(&str, Option<&str>)]) -> anyhow::Result<Config> {
+        let mut env = vec![
+            ("LOOM_WEAVER_ID", WEAVER),
+            ("LOOM_SERVER_URL", "http://127.0.0.1:1"),
+            ("LOOM_CREDENTIAL_FILE", "sidecar/token"),
+            ("LOOM_RUN_DIR", "run"),
+            ("LOOM_WORKSPACE_DIR", "workspace"),
+            ("PATH", "/bin"),
+            ("LOOM_SERVER_SERVICE_HOST", "10.0.0.1"),
+            ("LOOM_SERVER_PORT_443_TCP", "tcp://10.0.0.1:443"),
+        ];
+        for (name, value) in changes {
+            env.retain(|(known, _)| known != name);
+            env.extend(value.map(|value| (*name, value)));
+        }
+        Config::from_env(env.into_iter().map(|(name, value)| (name.into(), value.into())))
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_default() {
+        let config = read(&[]).unwrap();
+        assert_eq!(config.weaver.to_string(), WEAVER);
+        assert_eq!(config.udp, ["0.0.0.0:0".parse().unwrap(), "[::]:0".parse().unwrap()]);
+        assert!(!config.allow_file_clone);
+    }
+
+    #[test]
+    fn udp_can_be_off_or_listed() {
+        assert!(read(&[("LOOM_UDP_BIND", Some("off"))]).unwrap().udp.is_empty());
+        let listed = read(&[("LOOM_UDP_BIND", Some("127.0.0.1:7, [::1]:8"))]).unwrap().udp;
+        assert_eq!(listed, ["127.0.0.1:7".parse().unwrap(), "[::1]:8".parse().unwrap()]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (name, value) in [
+            ("LOOM_WEAVER_ID", None),
+            ("LOOM_WEAVER_ID", Some("x")),
+            ("LOOM_SERVER_URL", Some("http://example.org")),
+            ("LOOM_CREDENTIAL_FILE", Some("")),
+            ("LOOM_RUN_DIR", None),
+            ("LOOM_WORKSPACE_DIR", None),
+            ("LOOM_UDP_BIND", Some("everywhere")),
+            ("LOOM_ALLOW_FILE_CLONE", Some("yes")),
+            ("LOOM_UDP_BIN", Some("off")),
+        ] {
+            let error = read(&[(name, value)]).err().map(|error| format!("{error:#}"));
+            assert!(error.as_deref().is_some_and(|error| error.contains(name)), "{name} {value:?}: {error:?}");
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! A weaver's events: those so far, or a stream of them.
+
+use std::{convert::Infallible, time::Duration};
+
+use axum::{
+    Json,
+    extract::{Path, Query, State, rejection::QueryRejection},
+    http::HeaderMap,
+    response::{
+        IntoResponse as _, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
+};
+use futures_util::Stream;
+use loom_api::{ErrorCode, WeaverId, weaver::WeaverEvent};
+use serde::Deserialize;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::weavers::find;
+use crate::{
+    app::AppState,
+    auth::UserCaller,
+    problem::{Answer, Problem},
+};
+
+/// Between two comments on a quiet stream: under the minute after which proxies cut it.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// What events are asked with.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventsQuery {
+    /// Goes on with what comes.
+    #[serde(default)]
+    follow: bool,
+    /// Only those after this number.
+    #[serde(default)]
+    after: i64,
+}
+
+/// A weaver's events.
+#[utoipa::path(get, path = "/api/weavers/{id}/events", tag = "weavers",
+    params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "server-sent events, without an end"),
+           ("after" = Option<i64>, Query, description = "only those after this number")),
+    responses((status = 200, body = Vec<WeaverEvent>), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
+pub async fn events(
+    State(app): State<AppState>,
+    caller: UserCaller,
+    Path(reference): Path<String>,
+    headers: HeaderMap,
+    query: Result<Query<EventsQuery>, QueryRejection>,
+) -> Answer<Response> {
+    let Query(query) = query.map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.body_text()))?;
+    let weaver = find(&app, &caller, &reference).await?.id;
+    // A client that comes back says where it was (WHATWG HTML §9.2.4).
+    let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
+    let after = last.unwrap_or(query.after);
+    if !query.follow {
+        return Ok(Json(app.store.events(weaver, after).await?).into_response());
+    }
+    Ok(Sse::new(follow(app, weaver, after)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+}
+
+/// Events as they come, until the client goes or the server stops.
+fn follow(app: AppState, weaver: WeaverId, after: i64) -> impl Stream<Item = Result<Event, Infallible>> {
+    // Before the first look, so that nothing falls between the two.
+    let bell = app.events.subscribe();
+    let state = (app, bell, after, Vec::new().into_iter());
+    futures_util::stream::unfold(state, move |(app, mut bell, mut after, mut ready)| async move {
+        loop {
+            if let Some(event) = ready.next() {
+                let event: WeaverEvent = event;
+                after = event.id;
+                let line = Event::default().id(event.id.to_string()).json_data(event).ok()?;
+                return Some((Ok(line), (app, bell, after, ready)));
+            }
+            ready = app.store.events(weaver, after).await.ok()?.into_iter();
+            if ready.len() > 0 {
+                continue;
+            }
+            loop {
+                let stopping = app.stopping.clone();
+                let rang = tokio::select! {
+                    rang = bell.recv() => rang,
+                    () = stopping.cancelled() => return None,
+                };
+                match rang {
+                    Ok(rung) if rung != weaver => {}
+                    Ok(_) | Err(RecvError::Lagged(_)) => break,
+                    Err(RecvError::Closed) => return None,
+                }
+            }
+        }
+    })
+}

@@ -1,0 +1,79 @@
+//! The caller's identity and tokens.
+
+use axum::{
+    Json,
+    extract::{Path, State},
+    http::StatusCode,
+};
+use jiff::{SignedDuration, Timestamp};
+use loom_api::{
+    ErrorCode,
+    login::{CreateToken, Me, NewToken, TokenInfo},
+};
+
+use super::Body;
+use crate::{
+    app::AppState,
+    auth::UserCaller,
+    problem::{Answer, Problem},
+};
+
+/// The longest name of a token.
+const LONGEST_NAME: usize = 100;
+/// The longest life of a token with an end, in hours: ten years.
+const LONGEST_LIFE: f64 = 87_600.0;
+
+/// Who the caller is.
+#[utoipa::path(get, path = "/api/me", tag = "login", responses((status = 200, body = Me)), security(("bearer" = [])))]
+pub async fn me(caller: UserCaller) -> Json<Me> {
+    Json(Me { user: caller.user, organisations: caller.organisations })
+}
+
+/// Revokes the token that the request came with.
+#[utoipa::path(delete, path = "/api/login", tag = "login", responses((status = 204)), security(("bearer" = [])))]
+pub async fn log_out(State(app): State<AppState>, caller: UserCaller) -> Answer<StatusCode> {
+    app.store.remove_token(caller.user.id, caller.token).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The caller's tokens.
+#[utoipa::path(get, path = "/api/tokens", tag = "login", responses((status = 200, body = Vec<TokenInfo>)), security(("bearer" = [])))]
+pub async fn list_tokens(State(app): State<AppState>, caller: UserCaller) -> Answer<Json<Vec<TokenInfo>>> {
+    Ok(Json(app.store.tokens(caller.user.id).await?))
+}
+
+/// Makes a token for a program, such as CI.
+#[utoipa::path(post, path = "/api/tokens", tag = "login", request_body = CreateToken,
+    responses((status = 201, body = NewToken), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
+pub async fn create_token(
+    State(app): State<AppState>,
+    caller: UserCaller,
+    Body(request): Body<CreateToken>,
+) -> Answer<(StatusCode, Json<NewToken>)> {
+    let invalid = |message: String| Problem::new(ErrorCode::InvalidRequest, message);
+    if request.name.is_empty() || request.name.len() > LONGEST_NAME {
+        return Err(invalid(format!("a token's name has 1 to {LONGEST_NAME} bytes")));
+    }
+    let expires_at = match request.ttl_hours {
+        None => None,
+        Some(hours) if hours.is_finite() && hours > 0.0 && hours <= LONGEST_LIFE => {
+            Some(Timestamp::now() + SignedDuration::from_secs_f64(hours * 3600.0))
+        }
+        Some(hours) => return Err(invalid(format!("a token cannot live {hours} hours"))),
+    };
+    let token = app.store.add_user_token(caller.user.id, &request.name, expires_at).await?;
+    Ok((StatusCode::CREATED, Json(NewToken { token, name: request.name, expires_at })))
+}
+
+/// Ends one of the caller's tokens.
+#[utoipa::path(delete, path = "/api/tokens/{id}", tag = "login", params(("id" = i64, Path)),
+    responses((status = 204), (status = 404, body = loom_api::ErrorBody)), security(("bearer" = [])))]
+pub async fn delete_token(
+    State(app): State<AppState>,
+    caller: UserCaller,
+    Path(id): Path<String>,
+) -> Answer<StatusCode> {
+    let unknown = || Problem::new(ErrorCode::NotFound, "you have no such token");
+    let id = id.parse().map_err(|_| unknown())?;
+    if app.store.remove_token(caller.user.id, id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(unknown()) }
+}

@@ -1,0 +1,201 @@
+//! The HTTP API: every route with its handler, and the OpenAPI document that is made from the same table.
+//!
+//! Handlers are where their subject is: [`weavers`], [`events`], [`logs`], [`tunnels`] and [`login`] here; agents,
+//! streams, attach, relay and the device login in modules of their own.
+
+pub mod events;
+pub mod login;
+pub mod logs;
+pub mod tunnels;
+pub mod weavers;
+
+use axum::{
+    Json, Router,
+    extract::{DefaultBodyLimit, FromRequest, Request, State, rejection::JsonRejection},
+    http::{Method, StatusCode, Uri},
+    response::{IntoResponse as _, Response},
+};
+use loom_api::{ApiError, ErrorBody, ErrorCode, PROTOCOL_VERSION, weaver::VersionInfo};
+use serde::de::DeserializeOwned;
+use utoipa::{
+    Modify, OpenApi,
+    openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    agents,
+    app::AppState,
+    attach,
+    auth::device,
+    problem::{Answer, Problem},
+    relay, streams,
+};
+
+/// The largest request body, in bytes.
+const MAX_BODY: usize = 1 << 20;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Loom weavers", description = "Ephemeral places to work, each a pod with a private tunnel to it."),
+    modifiers(&Bearer)
+)]
+struct Document;
+
+struct Bearer;
+
+impl Modify for Bearer {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let scheme = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
+        document.components.get_or_insert_default().add_security_scheme("bearer", scheme);
+    }
+}
+
+/// Every route of the server.
+pub fn router(app: AppState) -> Router {
+    let (router, document) = routes_and_document();
+    let document = document.to_json().unwrap_or_default();
+    router
+        .route("/api/openapi.json", axum::routing::get(async || ([("content-type", "application/json")], document)))
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(other_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(app)
+}
+
+fn routes_and_document() -> (Router<AppState>, utoipa::openapi::OpenApi) {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(version))
+        .routes(routes!(live))
+        .routes(routes!(ready))
+        .routes(routes!(device::start))
+        .routes(routes!(device::poll))
+        .routes(routes!(device::page, device::decide))
+        .routes(routes!(login::log_out))
+        .routes(routes!(login::me))
+        .routes(routes!(login::list_tokens, login::create_token))
+        .routes(routes!(login::delete_token))
+        .routes(routes!(weavers::create, weavers::list))
+        .routes(routes!(weavers::get, weavers::delete))
+        .routes(routes!(weavers::extend))
+        .routes(routes!(events::events))
+        .routes(routes!(logs::logs))
+        .routes(routes!(attach::attach))
+        .routes(routes!(tunnels::open))
+        .routes(routes!(tunnels::close))
+        .routes(routes!(tunnels::remove_device))
+        .routes(routes!(tunnels::ssh_authority))
+        .routes(routes!(relay::relay))
+        .routes(routes!(agents::register))
+        .routes(routes!(agents::control))
+        .routes(routes!(streams::dial_back))
+        .split_for_parts()
+}
+
+/// A JSON object as the body; what cannot be read is an [`ErrorCode::InvalidRequest`] with the reason.
+pub struct Body<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Answer<Self> {
+        // By way of an object, because a structure could be read from an array too.
+        match Json::<serde_json::Map<String, serde_json::Value>>::from_request(request, state).await {
+            Ok(Json(body)) => T::deserialize(serde_json::Value::Object(body))
+                .map(Self)
+                .map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.to_string())),
+            Err(JsonRejection::BytesRejection(error)) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => {
+                Err(Problem::new(ErrorCode::PayloadTooLarge, format!("the body is larger than {MAX_BODY} bytes")))
+            }
+            Err(error) => Err(Problem::new(ErrorCode::InvalidRequest, error.body_text())),
+        }
+    }
+}
+
+async fn nothing_here(uri: Uri) -> Problem {
+    Problem::new(ErrorCode::NotFound, format!("there is nothing at {}", uri.path()))
+        .hint("the API is described at /api/openapi.json")
+}
+
+async fn other_method(method: Method, uri: Uri) -> Response {
+    let message = format!("{method} is not possible at {}", uri.path());
+    let error = ApiError::new(ErrorCode::InvalidRequest, message).hint("the API is described at /api/openapi.json");
+    (StatusCode::METHOD_NOT_ALLOWED, Json(ErrorBody { error })).into_response()
+}
+
+/// The server's version and what it runs weavers on.
+#[utoipa::path(get, path = "/api/version", tag = "server", responses((status = 200, body = VersionInfo)))]
+async fn version(State(app): State<AppState>) -> Json<VersionInfo> {
+    Json(VersionInfo {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        protocol: PROTOCOL_VERSION,
+        backend: app.provisioner.name().to_owned(),
+    })
+}
+
+/// Whether the process lives.
+#[utoipa::path(get, path = "/livez", tag = "server", responses((status = 200, body = String)))]
+async fn live() -> &'static str {
+    "ok"
+}
+
+/// Whether it can serve.
+#[utoipa::path(get, path = "/readyz", tag = "server", responses((status = 200, body = String), (status = 503, body = String)))]
+async fn ready(State(app): State<AppState>) -> (StatusCode, &'static str) {
+    if app.stopping.is_cancelled() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "stopping");
+    }
+    match app.store.ping().await {
+        Ok(()) => (StatusCode::OK, "ok"),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer"),
+    }
+}
+
+/// Whether a name can be a host name's part (RFC 1123 §2.1): 1 to 63 small letters, digits and dashes, no dash at an
+/// end.
+#[must_use]
+pub fn is_dns_label(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Routes that are open to everybody: to log in, to see whether the server is there, and for agents to prove
+    /// themselves.
+    const OPEN: [&str; 7] = [
+        "/api/version",
+        "/livez",
+        "/readyz",
+        "/api/login/device",
+        "/api/login/token",
+        "/login/device",
+        "/api/agent/register",
+    ];
+
+    #[test]
+    fn every_route_but_the_open_ones_is_described_as_authenticated() {
+        let (_, document) = routes_and_document();
+        assert!(document.paths.paths.len() > 15);
+        for (path, item) in &document.paths.paths {
+            let operations = [&item.get, &item.post, &item.delete, &item.put, &item.patch];
+            for operation in operations.into_iter().flatten() {
+                assert_eq!(operation.security.is_none(), OPEN.contains(&path.as_str()), "{path}");
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_dns_labels() {
+        for good in ["a", "work-1", "0"] {
+            assert!(is_dns_label(good), "{good}");
+        }
+        for bad in ["", "-a", "a-", "A", "a_b", "a.b", "ä", &"x".repeat(64)] {
+            assert!(!is_dns_label(bad), "{bad}");
+        }
+    }
+}

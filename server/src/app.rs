@@ -1,0 +1,188 @@
+//! Puts the server together, and takes it apart again.
+//!
+//! [`App::start`] opens the store, finds the backend, and starts the tasks that run beside requests: the reconciler and
+//! the deadlines. [`App::serve`] answers requests until it is told to stop; then agents and clients are told to come
+//! back, the tasks end, and the weavers go on running. Nothing that matters is in memory only, so being killed is no
+//! different.
+
+use std::{
+    fs,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agents::Hub,
+    api,
+    config::{Backend, Config},
+    events::Events,
+    provision::{Provisioner, local::Local},
+    reconcile::{Reconciler, deadlines},
+    relay::Relay,
+    secrets::Secrets,
+    store::Store,
+    streams::Streams,
+};
+
+/// Weavers that wait to be looked at; who finds it full waits.
+const QUEUE: usize = 1024;
+/// How long requests may take to finish after the server was told to stop.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What handlers share. Cheap to clone.
+#[derive(Clone)]
+pub struct AppState(Arc<Shared>);
+
+/// See [`AppState`].
+pub struct Shared {
+    /// The settings.
+    pub config: Config,
+    /// The server's address for people and agents.
+    pub url: String,
+    /// The keys.
+    pub secrets: Secrets,
+    /// The database.
+    pub store: Store,
+    /// The events.
+    pub events: Events,
+    /// The backend.
+    pub provisioner: Arc<dyn Provisioner>,
+    /// The reconciler's door bell.
+    pub reconciler: Reconciler,
+    /// The agents' links.
+    pub agents: Hub,
+    /// Streams that agents are to dial back.
+    pub streams: Streams,
+    /// The relay.
+    pub relay: Relay,
+    /// The server is stopping.
+    pub stopping: CancellationToken,
+}
+
+impl std::ops::Deref for AppState {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+/// A server that is ready to serve.
+pub struct App {
+    state: AppState,
+    listener: TcpListener,
+    tasks: JoinSet<()>,
+}
+
+impl App {
+    /// Opens everything and starts the tasks beside requests.
+    ///
+    /// # Errors
+    ///
+    /// What the server cannot run without.
+    pub async fn start(config: Config) -> Result<Self> {
+        // Traversable, because local weavers run as another user; every file in it is private by its own mode.
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&config.data_dir)
+            .with_context(|| format!("making {}", config.data_dir.display()))?;
+        let secrets = Secrets::load(&config.data_dir.join("secret.key"))?;
+        let store = Store::open(&config.data_dir.join("loom.db")).await?;
+        first_user(&store, &config.data_dir).await?;
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .with_context(|| format!("listening at {}; is another server running there?", config.listen))?;
+        let address = listener.local_addr()?;
+        let own_url = format!("http://{address}");
+        let url = config.public_url.clone().unwrap_or_else(|| own_url.clone());
+
+        let (changes, changed) = mpsc::channel(QUEUE);
+        let provisioner: Arc<dyn Provisioner> = match config.backend {
+            Backend::Local => Arc::new(Local::start(&config, own_url, changes.clone()).await?),
+        };
+        for warning in provisioner.warnings() {
+            tracing::warn!("{} backend: {warning}", provisioner.name());
+        }
+        let reconciler = Reconciler::new(changes);
+        let relay = Relay::default();
+        relay.load(&store).await?;
+        let listen_file = config.data_dir.join("listen");
+        let state = AppState(Arc::new(Shared {
+            config,
+            url,
+            secrets,
+            events: Events::new(store.clone()),
+            store,
+            provisioner,
+            reconciler,
+            agents: Hub::default(),
+            streams: Streams::default(),
+            relay,
+            stopping: CancellationToken::new(),
+        }));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(crate::reconcile::run(state.clone(), changed));
+        tasks.spawn(deadlines::run(state.clone()));
+        let temporary = listen_file.with_extension("new");
+        fs::write(&temporary, address.to_string())?;
+        fs::rename(&temporary, &listen_file)?;
+        tracing::info!(%address, data = %state.config.data_dir.display(), backend = state.provisioner.name(), "serving");
+        Ok(Self { state, listener, tasks })
+    }
+
+    /// Serves until `stop` is done; then ends within a few seconds.
+    ///
+    /// # Errors
+    ///
+    /// When the listener fails.
+    pub async fn serve(mut self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let stopping = self.state.stopping.clone();
+        let agents = self.state.clone();
+        let until = async move {
+            stop.await;
+            tracing::info!("stopping; weavers go on running");
+            agents.agents.go_away();
+            stopping.cancel();
+        };
+        let listener = axum::serve::ListenerExt::tap_io(self.listener, |stream| {
+            // Small frames must not wait for each other; a socket without this works too.
+            let _ = stream.set_nodelay(true);
+        });
+        let serving = axum::serve(listener, api::router(self.state.clone())).with_graceful_shutdown(until);
+        let drained = {
+            let stopping = self.state.stopping.clone();
+            async move {
+                stopping.cancelled().await;
+                tokio::time::sleep(DRAIN).await;
+            }
+        };
+        tokio::select! {
+            result = serving => result?,
+            () = drained => tracing::warn!("some connections did not end in time and are cut"),
+        }
+        self.tasks.shutdown().await;
+        self.state.store.close().await;
+        Ok(())
+    }
+}
+
+/// Makes the first user and a token to sign in with, in a file that only the server's user can read.
+async fn first_user(store: &Store, data: &Path) -> Result<()> {
+    if store.has_users().await? {
+        return Ok(());
+    }
+    let user = store.add_user("admin").await?;
+    let token = store.add_user_token(user, "first sign-in", None).await?;
+    let path = data.join("admin.token");
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+    std::io::Write::write_all(&mut file, token.expose().as_bytes())?;
+    tracing::info!("made the user admin; its sign-in token is in {}", path.display());
+    Ok(())
+}

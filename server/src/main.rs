@@ -1,0 +1,106 @@
+//! The server's command line.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use loom_server::{
+    app::App,
+    config::Settings,
+    provision::local::{self, supervisor},
+    store::Store,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The server of Loom weavers: API, key exchange, relay and provisioning.
+#[derive(Parser)]
+#[command(name = "loom-server", version, args_conflicts_with_subcommands = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serves (what happens without a command, too).
+    Serve,
+    /// Manages users.
+    #[command(subcommand)]
+    User(User),
+    /// Stands for one weaver's pod on the local backend.
+    #[command(hide = true)]
+    LocalPod {
+        /// The weaver's directory.
+        directory: PathBuf,
+    },
+    /// Becomes the processes of a local weaver.
+    #[command(hide = true)]
+    LocalInit {
+        /// Only says what this machine cannot isolate.
+        #[arg(long)]
+        probe: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum User {
+    /// Adds a user, and prints a token to sign in with.
+    Add {
+        /// The user's name: lower-case letters, digits and dashes.
+        name: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // The stages of a local weaver fork, so nothing may have started a thread before them.
+    let result = match cli.command {
+        Some(Command::LocalPod { directory }) => supervisor::run(&directory).map(|()| ExitCode::SUCCESS),
+        Some(Command::LocalInit { probe }) => {
+            local::init(probe).map(|code| ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
+        }
+        Some(Command::User(User::Add { name })) => blocking(add_user(cli.settings, name)),
+        None | Some(Command::Serve) => blocking(serve(cli.settings)),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("loom-server: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn blocking(job: impl Future<Output = Result<()>>) -> Result<ExitCode> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(job)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(settings: Settings) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LOOM_LOG").unwrap_or_else(|_| "info,sqlx=warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let config = settings.resolve()?;
+    tracing::info!(?config, "settings");
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    App::start(config)
+        .await?
+        .serve(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        })
+        .await
+}
+
+async fn add_user(settings: Settings, name: String) -> Result<()> {
+    anyhow::ensure!(
+        loom_server::api::is_dns_label(&name),
+        "{name:?} cannot be a user's name: use lower-case letters, digits and dashes"
+    );
+    let config = settings.resolve()?;
+    let store = Store::open(&config.data_dir.join("loom.db")).await?;
+    let user = store.add_user(&name).await?;
+    println!("{}", store.add_user_token(user, "first sign-in", None).await?.expose());
+    store.close().await;
+    Ok(())
+}

@@ -1,0 +1,101 @@
+//! Backends that run weavers. The reconciler asks for what should be, looks at what is, and repeats itself; so every
+//! method here may be called at any time and again.
+
+pub mod local;
+
+use async_trait::async_trait;
+use loom_api::{Secret, WeaverId, weaver::ResourceSpec};
+
+/// What a backend needs to know of a weaver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSpec {
+    /// The weaver; its pod is named by it.
+    pub weaver: WeaverId,
+    /// The image.
+    pub image: String,
+    /// What it may use.
+    pub resources: ResourceSpec,
+}
+
+/// How far a pod is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PodPhase {
+    /// Being made.
+    Pending,
+    /// Its processes run.
+    Running,
+    /// The main program ended with code 0.
+    Succeeded,
+    /// It could not be made, or ended otherwise.
+    Failed,
+}
+
+/// A pod as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodObservation {
+    /// Whose it is.
+    pub weaver: WeaverId,
+    /// How far it is.
+    pub phase: PodPhase,
+    /// Why, in words.
+    pub reason: Option<String>,
+    /// The main program's exit code, or 128 plus the signal.
+    pub exit_code: Option<i32>,
+}
+
+/// Why a backend did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ProvisionError {
+    /// It never will: trying again is of no use.
+    #[error("{0}")]
+    Refused(String),
+    /// It may later.
+    #[error("{0:#}")]
+    Failed(#[from] anyhow::Error),
+}
+
+/// One way of running weavers.
+#[async_trait]
+pub trait Provisioner: Send + Sync + 'static {
+    /// Its name in the API: `local` or `kubernetes`.
+    fn name(&self) -> &'static str;
+
+    /// What it cannot isolate here, in words; empty when nothing.
+    fn warnings(&self) -> &[String];
+
+    /// Makes the pod of a weaver, or finds that it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`ProvisionError`].
+    async fn ensure(&self, spec: &PodSpec) -> Result<(), ProvisionError>;
+
+    /// Ends the pod of a weaver, and returns when nothing of it is left.
+    ///
+    /// # Errors
+    ///
+    /// [`ProvisionError`].
+    async fn remove(&self, weaver: WeaverId) -> Result<(), ProvisionError>;
+
+    /// The pod of a weaver, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`ProvisionError`].
+    async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError>;
+
+    /// All weavers that have a pod.
+    ///
+    /// # Errors
+    ///
+    /// [`ProvisionError`].
+    async fn list(&self) -> Result<Vec<WeaverId>, ProvisionError>;
+
+    /// Whether a credential proves that its bearer is the agent in the weaver's pod. On the local backend it is used
+    /// up.
+    ///
+    /// # Errors
+    ///
+    /// [`ProvisionError`].
+    async fn verify_credential(&self, weaver: WeaverId, credential: &Secret) -> Result<bool, ProvisionError>;
+}

@@ -1,0 +1,226 @@
+//! `loom login`: the device authorization grant (RFC 8628), or a token that the user already has.
+
+use std::{
+    env,
+    io::{IsTerminal as _, Read as _},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use loom_api::{
+    ErrorCode, Secret,
+    client::{Client, ClientError},
+    login::{CreateToken, DeviceLogin, Me, NewToken, PollDeviceLogin, StartDeviceLogin},
+};
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    backoff::Backoff,
+    context::Context,
+    error::{CliError, Doing as _, Exit, Result},
+    output,
+    progress::Progress,
+};
+
+/// No token is longer, in bytes.
+const MAX_TOKEN: u64 = 16 << 10;
+/// What is added to the interval when the server asks for patience (RFC 8628 §3.5).
+const SLOW_DOWN: Duration = Duration::from_secs(5);
+
+/// Logs in to a server.
+///
+/// Shows an address and a code; the login is approved there, in any browser. The token is kept in a file that only you
+/// can read, and the server becomes the one that every command uses.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  loom login --server-url https://loom.example
+  loom login                                   again, at the same server
+  loom login --token - < token-file            with a token: for CI and scripts
+
+Programs can do without a login: set LOOM_SERVER_URL and LOOM_TOKEN.")]
+pub(crate) struct Args {
+    /// Log in with a token instead of a browser; `-` reads it from standard input
+    #[arg(long, value_name = "TOKEN|-")]
+    token: Option<String>,
+    /// Open no browser
+    #[arg(long)]
+    no_browser: bool,
+}
+
+pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
+    let url = context.server_url()?;
+    let anonymous = context.anonymous_client()?;
+    let token = match &args.token {
+        Some(given) => exchange(&anonymous, given).await?,
+        None => tokio::select! {
+            token = approve(&anonymous, args) => token?,
+            _ = tokio::signal::ctrl_c() => {
+                output::note("\nLogin given up; nothing has changed.");
+                return Ok(Exit::INTERRUPTED);
+            }
+        },
+    };
+    let me: Me =
+        anonymous.with_token(token.clone()).get("/api/me").await.doing(format_args!("cannot log in to {url}"))?;
+    let mut credentials = context.credentials()?;
+    credentials.remember(&url, token);
+    credentials.write(context.directory()?)?;
+    output::note(&format!("Logged in to {url} as {}.", me.user.name));
+    if context.token_is_from_environment() {
+        output::warning("LOOM_TOKEN is set and goes before this login; unset it to use the login");
+    }
+    Ok(Exit::OK)
+}
+
+/// Makes a token for this machine with the given one, so that logging out here revokes nothing that is used elsewhere.
+async fn exchange(client: &Client, given: &str) -> Result<Secret> {
+    let given = if given == "-" {
+        read_token()?
+    } else {
+        output::warning(
+            "the token stands in the command line, where other programs and the shell's history see it; use: --token -",
+        );
+        Secret::from(given.to_owned())
+    };
+    if given.expose().is_empty() {
+        return Err(CliError::usage("cannot log in: the token is empty"));
+    }
+    let request = CreateToken { name: client_name(), ttl_hours: None };
+    match client.with_token(given.clone()).post::<NewToken>("/api/tokens", &request).await {
+        Ok(new) => Ok(new.token),
+        // It may do other things, but not make tokens: then it is used itself.
+        Err(error) if error.code() == Some(ErrorCode::Forbidden) => Ok(given),
+        Err(error) => Err(CliError::from(error)
+            .doing(format_args!("cannot log in to {}", client.base()))
+            .hint("check the token; log in through the browser with: loom login")),
+    }
+}
+
+fn read_token() -> Result<Secret> {
+    if std::io::stdin().is_terminal() {
+        output::note("Type the token, then Enter and Ctrl+D:");
+    }
+    let mut text = zeroize::Zeroizing::new(String::new());
+    std::io::stdin()
+        .take(MAX_TOKEN)
+        .read_to_string(&mut text)
+        .map_err(|error| CliError::failure(format!("cannot read the token from standard input: {error}")))?;
+    Ok(Secret::from(text.trim().to_owned()))
+}
+
+/// Shows the code, and waits until somebody approves it.
+async fn approve(client: &Client, args: &Args) -> Result<Secret> {
+    let request = StartDeviceLogin { client_name: client_name() };
+    let login: DeviceLogin = client
+        .post("/api/login/device", &request)
+        .await
+        .doing(format_args!("cannot begin a login at {}", client.base()))?;
+    let opened = !args.no_browser && open_browser(&login.verification_uri_complete);
+    output::note(&instructions(&login, opened));
+    let progress = Progress::start("waiting for your approval");
+    let token = poll(client, &login).await;
+    progress.finish();
+    token
+}
+
+fn instructions(login: &DeviceLogin, opened: bool) -> String {
+    let verb =
+        if opened { "Approve the login in your browser, which should open now, or at" } else { "To log in, open" };
+    format!(
+        "{verb}\n\n  {}\n\nand check that it shows the code\n\n  {}\n",
+        login.verification_uri_complete, login.user_code
+    )
+}
+
+/// Asks until there is an answer, as often as the server allows (RFC 8628 §3.5).
+async fn poll(client: &Client, login: &DeviceLogin) -> Result<Secret> {
+    let expired = || {
+        CliError::new(Exit::TIMED_OUT, "cannot log in: the code has expired before it was approved")
+            .hint("try again with: loom login")
+    };
+    let deadline = Instant::now() + Duration::from_secs(login.expires_in);
+    let mut interval = Duration::from_secs(login.interval.max(1));
+    let mut unreachable = Backoff::default();
+    let request = PollDeviceLogin { device_code: login.device_code.clone() };
+    loop {
+        sleep(interval).await;
+        if Instant::now() >= deadline {
+            return Err(expired());
+        }
+        let error = match client.post::<NewToken>("/api/login/token", &request).await {
+            Ok(new) => return Ok(new.token),
+            Err(error) => error,
+        };
+        match error.code() {
+            Some(ErrorCode::AuthorizationPending) => unreachable.reset(),
+            Some(ErrorCode::SlowDown) => interval += SLOW_DOWN,
+            Some(ErrorCode::ExpiredToken) => return Err(expired()),
+            Some(ErrorCode::AccessDenied) => {
+                return Err(CliError::new(Exit::NOT_LOGGED_IN, "cannot log in: the login was refused in the browser"));
+            }
+            None if matches!(error, ClientError::Unreachable { .. }) => unreachable.wait().await,
+            _ => return Err(CliError::from(error).doing("cannot log in")),
+        }
+    }
+}
+
+/// Where the login comes from, for the person who approves it: `user@host`.
+fn client_name() -> String {
+    let user = env::var("USER").or_else(|_| env::var("LOGNAME")).unwrap_or_else(|_| "somebody".to_owned());
+    let host = rustix::system::uname();
+    format!("{user}@{}", host.nodename().to_string_lossy())
+}
+
+/// Shows a page in the desktop's browser, if there is a desktop; whether one was asked to.
+fn open_browser(url: &str) -> bool {
+    // Never anything but a page: other schemes start other programs.
+    if !(url.starts_with("https://") || url.starts_with("http://")) || !std::io::stderr().is_terminal() {
+        return false;
+    }
+    let set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
+    let remote = set("SSH_CONNECTION") || set("SSH_TTY");
+    let opener = if cfg!(target_os = "macos") {
+        (!remote).then_some("open")
+    } else {
+        (!remote && (set("DISPLAY") || set("WAYLAND_DISPLAY"))).then_some("xdg-open")
+    };
+    let Some(opener) = opener else { return false };
+    // Not waited for: some openers stay as long as the browser does.
+    Command::new(opener).arg(url).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_instructions_name_the_address_and_the_code() {
+        let login = DeviceLogin {
+            device_code: "secret".to_owned().into(),
+            user_code: "BCDF-GHJK".into(),
+            verification_uri: "https://loom.example/login/device".into(),
+            verification_uri_complete: "https://loom.example/login/device?user_code=BCDF-GHJK".into(),
+            expires_in: 600,
+            interval: 1,
+        };
+        assert_eq!(
+            instructions(&login, false),
+            "To log in, open\n\n  https://loom.example/login/device?user_code=BCDF-GHJK\n\n\
+             and check that it shows the code\n\n  BCDF-GHJK\n"
+        );
+        assert!(instructions(&login, true).contains("browser"));
+    }
+
+    #[test]
+    fn only_pages_are_opened() {
+        for url in ["file:///etc/passwd", "javascript:alert(1)", "ssh://host", ""] {
+            assert!(!open_browser(url), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_login_says_from_where_it_comes() {
+        assert!(client_name().contains('@'));
+    }
+}

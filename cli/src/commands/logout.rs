@@ -1,0 +1,43 @@
+//! `loom logout`: the token is revoked at the server and forgotten here.
+
+use loom_api::{ErrorCode, client::Client};
+
+use crate::{
+    context::Context,
+    error::{CliError, Exit, Result},
+    output,
+};
+
+/// Revokes this machine's token and forgets it.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) async fn run(context: &Context, _: &Args) -> Result<Exit> {
+    let url = context.server_url()?;
+    let mut credentials = context.credentials()?;
+    if context.token_is_from_environment() {
+        output::warning("LOOM_TOKEN is set and stays valid; unset it to be logged out");
+    }
+    let Some(token) = credentials.token(&url) else {
+        output::note(&format!("Not logged in to {url}."));
+        return Ok(Exit::OK);
+    };
+    let revoked = match Client::new(&url, Some(token)) {
+        Ok(client) => client.delete("/api/login").await,
+        Err(error) => Err(error),
+    };
+    // Forgotten whatever the server says: who logs out wants no token to stay here.
+    credentials.forget(&url);
+    credentials.write(context.directory()?)?;
+    match revoked {
+        Ok(()) => {}
+        Err(error) if error.code() == Some(ErrorCode::Unauthorized) => {} // it was revoked or had ended already
+        Err(error) => {
+            return Err(CliError::from(error)
+                .doing("the token is forgotten here, but cannot be revoked")
+                .hint("it stays valid at the server until it is deleted there"));
+        }
+    }
+    output::note(&format!("Logged out of {url}."));
+    Ok(Exit::OK)
+}

@@ -1,0 +1,185 @@
+//! The tokens of `loom login`, one for each server, in a file that only its user can read.
+//!
+//! `credentials.toml` is written anew and put in place by a rename, so that a crash leaves the old one or the new one.
+//! A file that others can read is refused rather than mended: its tokens must be taken for known.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use loom_api::Secret;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{CliError, Result};
+
+/// The file, below the configuration directory.
+const FILE: &str = "credentials.toml";
+/// More than any number of servers needs.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// What the file holds.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Credentials {
+    /// The server of the last login.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    default_server: Option<String>,
+    /// By the server's address.
+    servers: BTreeMap<String, Server>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Server {
+    token: Secret,
+}
+
+impl Credentials {
+    /// Reads the tokens kept in `directory`; none when there is no file.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read or understood, is somebody else's, or others can read it.
+    pub(crate) fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join(FILE);
+        let shown = path.display();
+        let metadata = match fs::metadata(&path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(CliError::failure(format!("cannot read {shown}: {error}"))),
+        };
+        if metadata.mode() & 0o077 != 0 {
+            return Err(CliError::failure(format!("cannot use {shown}: other users can read it"))
+                .hint(format!("run: chmod 600 {shown} (and log in anew if others use this machine)")));
+        }
+        if metadata.uid() != rustix::process::geteuid().as_raw() {
+            return Err(CliError::failure(format!("cannot use {shown}: it belongs to another user"))
+                .hint("remove it, and log in again with: loom login"));
+        }
+        if metadata.len() > MAX_BYTES {
+            return Err(CliError::failure(format!("cannot use {shown}: it is too large to be ours")));
+        }
+        let text =
+            fs::read_to_string(&path).map_err(|error| CliError::failure(format!("cannot read {shown}: {error}")))?;
+        // The parser's own message would quote the line, and with it perhaps a token.
+        toml::from_str(&text).map_err(|_| {
+            CliError::failure(format!("cannot use {shown}: it is damaged"))
+                .hint("remove it, and log in again with: loom login")
+        })
+    }
+
+    /// The server of the last login.
+    pub(crate) fn default_server(&self) -> Option<&str> {
+        self.default_server.as_deref()
+    }
+
+    /// The token for the server at `url`.
+    pub(crate) fn token(&self, url: &str) -> Option<Secret> {
+        self.servers.get(url).map(|server| server.token.clone())
+    }
+
+    /// Keeps a token, and makes its server the default.
+    pub(crate) fn remember(&mut self, url: &str, token: Secret) {
+        self.servers.insert(url.to_owned(), Server { token });
+        self.default_server = Some(url.to_owned());
+    }
+
+    /// Drops a server's token. The server stays the default, so that `loom login` alone is enough to come back.
+    pub(crate) fn forget(&mut self, url: &str) {
+        self.servers.remove(url);
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub(crate) fn write(&self, directory: &Path) -> Result<()> {
+        let path = directory.join(FILE);
+        let text = zeroize::Zeroizing::new(
+            toml::to_string(self)
+                .map_err(|error| CliError::failure(format!("cannot write {}: {error}", path.display())))?,
+        );
+        write_private(directory, &path, text.as_bytes())
+            .map_err(|error| CliError::failure(format!("cannot write {}: {error}", path.display())))
+    }
+}
+
+fn write_private(directory: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    let temporary: PathBuf = directory.join(format!(".{FILE}.{}", std::process::id()));
+    // Left by a process of the same number that was killed.
+    let _ = fs::remove_file(&temporary);
+    let written = (|| {
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn kept(directory: &Path) -> PathBuf {
+        let mut credentials = Credentials::default();
+        credentials.remember("https://a.example", "token-a".to_owned().into());
+        credentials.remember("https://b.example", "token-b".to_owned().into());
+        credentials.write(directory).expect("written");
+        directory.join(FILE)
+    }
+
+    #[test]
+    fn each_server_has_its_token_and_the_last_is_the_default() {
+        let base = tempfile::tempdir().expect("a directory");
+        let directory = base.path().join("new/loom");
+        let path = kept(&directory);
+        assert_eq!(fs::metadata(&directory).expect("there").mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(&path).expect("there").mode() & 0o777, 0o600);
+        let mut read = Credentials::read(&directory).expect("readable");
+        assert_eq!(read.token("https://a.example").expect("kept").expose(), "token-a");
+        assert_eq!(read.default_server(), Some("https://b.example"));
+        read.forget("https://b.example");
+        read.write(&directory).expect("written");
+        let read = Credentials::read(&directory).expect("readable");
+        assert!(read.token("https://b.example").is_none() && read.token("https://a.example").is_some());
+        assert_eq!(fs::read_dir(&directory).expect("there").count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn a_file_that_others_can_read_is_refused_with_the_fix() {
+        let base = tempfile::tempdir().expect("a directory");
+        let path = kept(base.path());
+        for mode in [0o640, 0o604, 0o644] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("changed");
+            let error = Credentials::read(base.path()).expect_err("refused").lines(false);
+            assert!(error.contains(&format!("chmod 600 {}", path.display())), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_file_is_an_error_that_shows_no_token() {
+        let base = tempfile::tempdir().expect("a directory");
+        let path = kept(base.path());
+        fs::write(&path, "[servers.\"x\"]\ntoken = token-a").expect("written");
+        let error = Credentials::read(base.path()).expect_err("refused").lines(false);
+        assert!(error.contains("damaged") && !error.contains("token-a"), "{error}");
+    }
+
+    #[test]
+    fn no_file_is_no_tokens() {
+        let base = tempfile::tempdir().expect("a directory");
+        assert!(Credentials::read(&base.path().join("absent")).expect("empty").default_server().is_none());
+    }
+}

@@ -1,0 +1,134 @@
+//! The connection to the server's relay: one binary WebSocket message for each frame of the tunnel's.
+//!
+//! A machine that changes its network keeps a TCP connection that will never carry anything again, and nobody tells it.
+//! So the socket is pinged, and one that says nothing for a while is given up; the tunnel then connects anew.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use bytes::Bytes;
+use futures_util::{Sink, Stream};
+use loom_api::client::WebSocket;
+use loom_tunnel::relay::{RelayChannel, RelayConnector, frame};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use super::node::Node;
+
+/// Between two pings.
+const PING: Duration = Duration::from_secs(10);
+/// A relay that says nothing for so long, no answer to a ping either, is gone.
+const SILENCE: Duration = Duration::from_secs(25);
+
+/// Connects a node to its server's relay.
+pub(super) struct Relay(pub(super) Weak<Node>);
+
+impl RelayConnector for Relay {
+    async fn connect(&self) -> io::Result<RelayChannel> {
+        let node = self.0.upgrade().ok_or_else(|| io::Error::other("the node has ended"))?;
+        let path = format!("/api/relay?key={}", URL_SAFE_NO_PAD.encode(node.public_key().as_bytes()));
+        let opening = node.client().websocket(&path, Some(frame::SUBPROTOCOL), frame::MAX_MESSAGE).await;
+        let socket = Arc::new(Mutex::new(Socket::new(opening.map_err(io::Error::other)?)));
+        Ok((Box::pin(Writer(Arc::clone(&socket))), Box::pin(Reader(socket))))
+    }
+}
+
+/// Both halves' socket. The tunnel polls them in one task, so that one waker serves both, and the lock is never waited
+/// for.
+struct Socket {
+    socket: WebSocket,
+    ping: Interval,
+    heard: Instant,
+}
+
+impl Socket {
+    fn new(socket: WebSocket) -> Self {
+        let mut ping = interval(PING);
+        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { socket, ping, heard: Instant::now() }
+    }
+
+    fn pinned(&mut self) -> Pin<&mut WebSocket> {
+        Pin::new(&mut self.socket)
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        while let Poll::Ready(message) = self.pinned().poll_next(cx) {
+            self.heard = Instant::now();
+            match message {
+                Some(Ok(Message::Binary(frame))) => return Poll::Ready(Some(Ok(frame))),
+                Some(Ok(_)) => {} // pings are answered below us
+                Some(Err(error)) => return Poll::Ready(Some(Err(other(error)))),
+                None => return Poll::Ready(None),
+            }
+        }
+        while self.ping.poll_tick(cx).is_ready() {
+            if self.heard.elapsed() > SILENCE {
+                return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())));
+            }
+            self.poll_ping(cx).map_err(other)?;
+        }
+        Poll::Pending
+    }
+
+    /// Sends a ping, if one can be sent now; when not, much is under way anyway.
+    fn poll_ping(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
+        if let Poll::Ready(ready) = self.pinned().poll_ready(cx) {
+            ready?;
+            self.pinned().start_send(Message::Ping(Bytes::new()))?;
+        }
+        match self.pinned().poll_flush(cx) {
+            Poll::Ready(flushed) => flushed,
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+fn other(error: Error) -> io::Error {
+    io::Error::other(error)
+}
+
+fn lock(socket: &Mutex<Socket>) -> MutexGuard<'_, Socket> {
+    socket.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The half that is written to.
+struct Writer(Arc<Mutex<Socket>>);
+
+impl Sink<Bytes> for Writer {
+    type Error = io::Error;
+
+    fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.0).pinned().poll_ready(cx).map_err(other)
+    }
+
+    fn start_send(self: Pin<&mut Self>, frame: Bytes) -> io::Result<()> {
+        lock(&self.0).pinned().start_send(Message::Binary(frame)).map_err(other)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.0).pinned().poll_flush(cx).map_err(other)
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.0).pinned().poll_close(cx).map_err(other)
+    }
+}
+
+/// The half that is read from; it looks after the pings too.
+struct Reader(Arc<Mutex<Socket>>);
+
+impl Stream for Reader {
+    type Item = io::Result<Bytes>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        let frame = ready!(lock(&self.0).poll_frame(cx));
+        Poll::Ready(frame)
+    }
+}

@@ -1,0 +1,266 @@
+//! How a command fails: once, in words (what, why, what to do next), and with an exit code that programs can rely on.
+
+use std::{fmt, io};
+
+use loom_api::{ApiError, ErrorCode, client::ClientError};
+
+/// What the process ends with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Exit(pub(crate) u8);
+
+impl Exit {
+    /// All went well.
+    pub(crate) const OK: Self = Self(0);
+    /// Something failed that has no code of its own.
+    pub(crate) const FAILURE: Self = Self(1);
+    /// The command line or a setting is wrong.
+    pub(crate) const USAGE: Self = Self(2);
+    /// No token, or one that the server does not accept.
+    pub(crate) const NOT_LOGGED_IN: Self = Self(4);
+    /// No weaver of that id or name.
+    pub(crate) const NO_SUCH_WEAVER: Self = Self(5);
+    /// The weaver has ended.
+    pub(crate) const GONE: Self = Self(6);
+    /// Somebody did not answer in time.
+    pub(crate) const TIMED_OUT: Self = Self(7);
+    /// As many as are allowed are there already.
+    pub(crate) const OVER_LIMIT: Self = Self(8);
+    /// Interrupted by Ctrl+C: 128 + SIGINT.
+    pub(crate) const INTERRUPTED: Self = Self(130);
+    /// The reader of the output has gone: 128 + SIGPIPE, as for a program that the signal ends.
+    pub(crate) const OUTPUT_CLOSED: Self = Self(141);
+    /// `ssh` and `exec` could not reach the program whose code they would return.
+    pub(crate) const CONNECTION: Self = Self(255);
+
+    /// The code that goes with an error of the API.
+    pub(crate) const fn of(code: ErrorCode) -> Self {
+        match code {
+            ErrorCode::Unauthorized => Self::NOT_LOGGED_IN,
+            ErrorCode::WeaverNotFound => Self::NO_SUCH_WEAVER,
+            ErrorCode::WeaverGone => Self::GONE,
+            ErrorCode::AgentUnreachable | ErrorCode::ExpiredToken => Self::TIMED_OUT,
+            ErrorCode::TooManyWeavers => Self::OVER_LIMIT,
+            _ => Self::FAILURE,
+        }
+    }
+
+    /// The code of a program that ended in a weaver: its own, of which the system keeps eight bits.
+    pub(crate) const fn of_program(code: i32) -> Self {
+        Self((code & 0xff) as u8)
+    }
+}
+
+impl From<Exit> for std::process::ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.0)
+    }
+}
+
+/// What commands return.
+pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
+
+/// Why a command did not do what it was asked to. Printed once, by `main`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct CliError {
+    exit: Exit,
+    message: String,
+    hint: Option<String>,
+    /// The outcome was told already, or there is nobody left to tell.
+    silent: bool,
+}
+
+impl CliError {
+    /// An error with what failed and why: `what: why`, without a full stop.
+    pub(crate) fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self { exit, message: message.into(), hint: None, silent: false }
+    }
+
+    /// A failure without a code of its own.
+    pub(crate) fn failure(message: impl Into<String>) -> Self {
+        Self::new(Exit::FAILURE, message)
+    }
+
+    /// A wrong command line or setting.
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(Exit::USAGE, message)
+    }
+
+    /// Standard output cannot be written. That its reader has gone (`loom ps | head -1`) needs no words.
+    pub(crate) fn output(error: &io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            Self::silent(Exit::OUTPUT_CLOSED)
+        } else {
+            Self::failure(format!("cannot write the output: {error}"))
+        }
+    }
+
+    /// Ends with a code and without a word: all was said already.
+    pub(crate) const fn silent(exit: Exit) -> Self {
+        Self { exit, message: String::new(), hint: None, silent: true }
+    }
+
+    /// Adds what to do next.
+    #[must_use]
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Puts what was being done before why it failed.
+    #[must_use]
+    pub(crate) fn doing(mut self, what: impl fmt::Display) -> Self {
+        self.message = format!("{what}: {}", self.message);
+        self
+    }
+
+    /// The same failure with another code.
+    #[must_use]
+    pub(crate) const fn with_exit(mut self, exit: Exit) -> Self {
+        self.exit = exit;
+        self
+    }
+
+    /// What the process ends with.
+    pub(crate) const fn exit(&self) -> Exit {
+        self.exit
+    }
+
+    /// What to do next, if that is known.
+    pub(crate) fn advice(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// The lines for standard error; none when all was said.
+    pub(crate) fn lines(&self, colour: bool) -> String {
+        if self.silent {
+            return String::new();
+        }
+        let (error, hint, end) = if colour { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
+        let mut lines = format!("{error}error:{end} {}\n", crate::output::printable(&self.message));
+        if let Some(text) = &self.hint {
+            lines.push_str(&format!("{hint}hint:{end} {}\n", crate::output::printable(text)));
+        }
+        lines
+    }
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for CliError {}
+
+impl From<ApiError> for CliError {
+    fn from(error: ApiError) -> Self {
+        let hint = error.hint.or_else(|| hint_for(error.code).map(str::to_owned));
+        Self { exit: Exit::of(error.code), message: error.message, hint, silent: false }
+    }
+}
+
+impl From<ClientError> for CliError {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Api(error) => error.into(),
+            ClientError::BadUrl { .. } => Self::usage(error.to_string())
+                .hint("set it with --server-url, LOOM_SERVER_URL or server_url in config.toml"),
+            ClientError::Unreachable { ref reason, .. } => {
+                let exit = if reason.contains("timed out") { Exit::TIMED_OUT } else { Exit::FAILURE };
+                Self::new(exit, error.to_string()).hint("check the server's address and your network, then try again")
+            }
+            ClientError::Protocol { .. } => {
+                Self::failure(error.to_string()).hint("check that --server-url is a Loom server's; see: loom version")
+            }
+        }
+    }
+}
+
+impl From<io::Error> for CliError {
+    fn from(error: io::Error) -> Self {
+        Self::failure(error.to_string())
+    }
+}
+
+/// What to do about errors for which the server gave no hint.
+const fn hint_for(code: ErrorCode) -> Option<&'static str> {
+    match code {
+        ErrorCode::Unauthorized => Some("log in with: loom login"),
+        ErrorCode::WeaverNotFound => Some("list your weavers with: loom ps --all"),
+        ErrorCode::WeaverAmbiguous => Some("give more of the id; list your weavers with: loom ps"),
+        ErrorCode::WeaverGone => Some("make another with: loom new"),
+        ErrorCode::WeaverNotReady => Some("see what it waits for with: loom events ID"),
+        ErrorCode::AgentUnreachable => Some("try again in a moment; see: loom events ID"),
+        ErrorCode::TooManyWeavers => Some("delete one with: loom delete ID"),
+        ErrorCode::NameTaken => Some("choose another --name, or delete the other weaver"),
+        _ => None,
+    }
+}
+
+/// Puts what was being done before an error.
+pub(crate) trait Doing<T> {
+    /// `what: why`.
+    fn doing(self, what: impl fmt::Display) -> Result<T>;
+}
+
+impl<T, E: Into<CliError>> Doing<T> for Result<T, E> {
+    fn doing(self, what: impl fmt::Display) -> Result<T> {
+        self.map_err(|error| error.into().doing(what))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_documented_exit_code_has_its_error() {
+        for (code, exit) in [
+            (ErrorCode::Internal, 1),
+            (ErrorCode::InvalidLifetime, 1),
+            (ErrorCode::ImageUnavailable, 1),
+            (ErrorCode::Forbidden, 1),
+            (ErrorCode::Unauthorized, 4),
+            (ErrorCode::WeaverNotFound, 5),
+            (ErrorCode::WeaverGone, 6),
+            (ErrorCode::AgentUnreachable, 7),
+            (ErrorCode::TooManyWeavers, 8),
+        ] {
+            assert_eq!(CliError::from(ApiError::new(code, "no")).exit(), Exit(exit), "{code:?}");
+        }
+        let unreachable =
+            |reason: &str| ClientError::Unreachable { server: "https://loom.example/".into(), reason: reason.into() };
+        assert_eq!(CliError::from(unreachable("timed out")).exit(), Exit::TIMED_OUT);
+        assert_eq!(CliError::from(unreachable("connection refused")).exit(), Exit::FAILURE);
+        assert_eq!(CliError::from(ClientError::BadUrl { url: "x".into(), reason: "no" }).exit(), Exit::USAGE);
+    }
+
+    #[test]
+    fn an_error_says_what_why_and_what_to_do() {
+        let error = ApiError::new(ErrorCode::WeaverNotFound, "no weaver \"nobody\"");
+        let error = Err::<(), _>(error).doing("cannot attach").expect_err("an error");
+        assert_eq!(
+            error.lines(false),
+            "error: cannot attach: no weaver \"nobody\"\nhint: list your weavers with: loom ps --all\n"
+        );
+        assert!(error.lines(true).contains("\u{1b}[1;31merror:\u{1b}[0m"));
+    }
+
+    #[test]
+    fn the_servers_own_hint_is_preferred() {
+        let error = ApiError::new(ErrorCode::Unauthorized, "no").hint("ask your administrator");
+        assert!(CliError::from(error).lines(false).ends_with("hint: ask your administrator\n"));
+    }
+
+    #[test]
+    fn a_reader_that_left_is_no_news() {
+        let error = CliError::output(&io::ErrorKind::BrokenPipe.into());
+        assert_eq!((error.exit(), error.lines(false).as_str()), (Exit::OUTPUT_CLOSED, ""));
+    }
+
+    #[test]
+    fn control_characters_from_elsewhere_do_not_reach_the_terminal() {
+        let error = CliError::failure("bad\x1b]0;owned\x07 name");
+        assert!(!error.lines(false).contains(['\x1b', '\x07']), "{}", error.lines(false));
+    }
+}

@@ -1,0 +1,167 @@
+//! What commands print: data on standard output, everything else on standard error.
+//!
+//! Writing reports its errors, so that `loom ps | head -1` ends quietly; `println!` would panic there. Text that comes
+//! from servers and weavers is made [`printable`] first: nobody writes to another's terminal through a name or a
+//! reason.
+
+use std::{
+    borrow::Cow,
+    env,
+    io::{self, IsTerminal as _, Write as _},
+};
+
+use serde::Serialize;
+
+use crate::error::CliError;
+
+/// Writes one line of data.
+pub(crate) fn line(text: &str) -> Result<(), CliError> {
+    bytes(text.as_bytes())?;
+    bytes(b"\n")
+}
+
+/// Writes data as it is.
+pub(crate) fn bytes(data: &[u8]) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    out.write_all(data).and_then(|()| out.flush()).map_err(|error| CliError::output(&error))
+}
+
+/// Writes an object as indented JSON.
+pub(crate) fn json(value: &impl Serialize) -> Result<(), CliError> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| CliError::failure(format!("cannot write the answer as JSON: {error}")))?;
+    line(&text)
+}
+
+/// Writes an object as one line of JSON, for streams of them.
+pub(crate) fn json_line(value: &impl Serialize) -> Result<(), CliError> {
+    let text = serde_json::to_string(value)
+        .map_err(|error| CliError::failure(format!("cannot write an event as JSON: {error}")))?;
+    line(&text)
+}
+
+/// Tells something that is not data. That standard error is closed is nobody's concern.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{}", printable(text));
+}
+
+/// Warns about something that goes on nevertheless.
+pub(crate) fn warning(text: &str) {
+    let (start, end) = if colour_on_stderr() { ("\x1b[1;33m", "\x1b[0m") } else { ("", "") };
+    let _ = writeln!(io::stderr().lock(), "{start}warning:{end} {}", printable(text));
+}
+
+/// Prints an error's lines.
+pub(crate) fn error(error: &CliError) {
+    let _ = io::stderr().lock().write_all(error.lines(colour_on_stderr()).as_bytes());
+}
+
+/// Whether standard error shows colours.
+pub(crate) fn colour_on_stderr() -> bool {
+    colour(io::stderr().is_terminal(), |name| env::var_os(name).is_some_and(|value| !value.is_empty()))
+}
+
+/// `NO_COLOR` (no-color.org) forbids, `CLICOLOR_FORCE` (bixense.com/clicolors) forces, a terminal decides otherwise.
+fn colour(terminal: bool, set: impl Fn(&str) -> bool) -> bool {
+    !set("NO_COLOR") && (set("CLICOLOR_FORCE") || terminal)
+}
+
+/// The text without characters that a terminal would obey.
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
+    let obeyed = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if text.contains(obeyed) { Cow::Owned(text.replace(obeyed, "\u{fffd}")) } else { Cow::Borrowed(text) }
+}
+
+/// Rows under a header, in columns as wide as their widest cell, two spaces apart.
+pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| printable(cell).replace(['\n', '\t'], " ")).collect()).collect();
+    let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    let header: Vec<String> = header.iter().map(|cell| (*cell).to_owned()).collect();
+    for row in std::iter::once(&header).chain(&rows) {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:<width$}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// Hours as people write them: `4h`, `1.5h`, and two digits where one would show nothing: `0.02h`.
+pub(crate) fn hours(hours: f64) -> String {
+    let hours = hours.max(0.0);
+    let text = if hours < 0.1 { format!("{hours:.2}") } else { format!("{hours:.1}") };
+    format!("{}h", text.trim_end_matches('0').trim_end_matches('.'))
+}
+
+/// A short duration as people write it: `0.4s`, `1m 5s`.
+pub(crate) fn seconds(seconds: f64) -> String {
+    let seconds = seconds.max(0.0);
+    if seconds < 59.95 {
+        format!("{seconds:.1}s")
+    } else {
+        format!("{}m {}s", seconds as u64 / 60, seconds as u64 % 60)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_has_columns_as_wide_as_needed_and_no_trailing_spaces() {
+        let rows = vec![
+            vec!["W-1".to_owned(), "debian".to_owned(), String::new()],
+            vec!["W-22222".to_owned(), "x".to_owned(), "two\nlines\u{1b}[2J".to_owned()],
+        ];
+        assert_eq!(
+            table(&["ID", "IMAGE", "REASON"], &rows),
+            "ID       IMAGE   REASON\nW-1      debian\nW-22222  x       two lines\u{fffd}[2J\n"
+        );
+        assert_eq!(table(&["ID"], &[]), "ID\n");
+    }
+
+    #[test]
+    fn hours_are_short() {
+        for (value, text) in [
+            (4.0, "4h"),
+            (1.5, "1.5h"),
+            (0.0, "0h"),
+            (0.022, "0.02h"),
+            (0.5, "0.5h"),
+            (10.0, "10h"),
+            (47.96, "48h"),
+            (-1.0, "0h"),
+        ] {
+            assert_eq!(hours(value), text);
+        }
+    }
+
+    #[test]
+    fn seconds_are_short() {
+        for (value, text) in [(0.04, "0.0s"), (1.26, "1.3s"), (59.97, "0m 59s"), (65.0, "1m 5s")] {
+            assert_eq!(seconds(value), text);
+        }
+    }
+
+    #[test]
+    fn colour_is_for_terminals_unless_told_otherwise() {
+        for (terminal, set, expected) in [
+            (true, &[][..], true),
+            (false, &[], false),
+            (true, &["NO_COLOR"], false),
+            (false, &["CLICOLOR_FORCE"], true),
+            (true, &["NO_COLOR", "CLICOLOR_FORCE"], false),
+        ] {
+            assert_eq!(colour(terminal, |name| set.contains(&name)), expected, "{terminal} {set:?}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Progress on standard error: a line for each stage that is done, and on a terminal a spinner for the one that goes
+//! on.
+
+use std::{
+    io::{self, IsTerminal as _},
+    time::Duration,
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::output;
+
+/// How wide the names of stages are.
+const NAME_WIDTH: usize = 22;
+/// Between two frames of the spinner.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What a person sees while a command waits. Leaves no spinner behind when dropped.
+pub(crate) struct Progress {
+    spinner: Option<ProgressBar>,
+    colour: bool,
+}
+
+impl Progress {
+    /// Begins, with what is waited for.
+    pub(crate) fn start(waiting_for: &str) -> Self {
+        let spinner = io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}")
+                .unwrap_or_else(|_| ProgressStyle::default_spinner());
+            let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style);
+            spinner.set_message(output::printable(waiting_for).into_owned());
+            spinner.enable_steady_tick(TICK);
+            spinner
+        });
+        Self { spinner, colour: output::colour_on_stderr() }
+    }
+
+    /// Says what is waited for now.
+    pub(crate) fn waiting_for(&self, what: &str) {
+        if let Some(spinner) = &self.spinner {
+            spinner.reset_elapsed();
+            spinner.set_message(output::printable(what).into_owned());
+        }
+    }
+
+    /// A stage is done after so many seconds.
+    pub(crate) fn done(&self, stage: &str, seconds: f64) {
+        self.say(&stage_line(stage, seconds, self.colour));
+    }
+
+    /// Tells something beside the stages.
+    pub(crate) fn say(&self, line: &str) {
+        match &self.spinner {
+            Some(spinner) => spinner.suspend(|| eprint_line(line)),
+            None => eprint_line(line),
+        }
+    }
+
+    /// Takes the spinner away.
+    pub(crate) fn finish(&self) {
+        if let Some(spinner) = &self.spinner {
+            spinner.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn eprint_line(line: &str) {
+    use std::io::Write as _;
+    // Nobody is there to be told that nobody is there.
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
+fn stage_line(stage: &str, seconds: f64, colour: bool) -> String {
+    let (green, end) = if colour { ("\x1b[32m", "\x1b[0m") } else { ("", "") };
+    format!("{green}✓{end} {stage:<NAME_WIDTH$} {}", output::seconds(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_stand_in_a_column_with_their_times() {
+        assert_eq!(stage_line("placed", 0.24, false), "✓ placed                 0.2s");
+        assert_eq!(stage_line("repository cloned", 75.0, false), "✓ repository cloned      1m 15s");
+        assert!(stage_line("placed", 0.0, true).starts_with("\u{1b}[32m✓\u{1b}[0m "));
+    }
+}

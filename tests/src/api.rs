@@ -1,0 +1,105 @@
+//! The HTTP API as another program than ours would use it: with `curl`, and a WebSocket library for attach.
+
+use std::{net::TcpStream, process::Command};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use tungstenite::{ClientRequestBuilder, Message, WebSocket};
+
+use crate::{System, Weaver, system::PATIENCE, system::output_with_input};
+
+/// An answer of the API.
+#[derive(Debug)]
+pub struct Answer {
+    /// The HTTP status.
+    pub status: u16,
+    /// The body, when it is JSON.
+    pub body: Value,
+}
+
+impl Answer {
+    /// The error code in the body, or nothing.
+    #[must_use]
+    pub fn code(&self) -> &str {
+        self.body["error"]["code"].as_str().unwrap_or_default()
+    }
+}
+
+impl System {
+    /// Makes a request with a bearer token, or without one.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer at all.
+    pub fn request(&self, token: Option<&str>, method: &str, path: &str, body: Option<&str>) -> Result<Answer> {
+        self.request_with(token, method, path, body, &[])
+    }
+
+    /// The same with further headers.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer at all.
+    pub fn request_with(
+        &self,
+        token: Option<&str>,
+        method: &str,
+        path: &str,
+        body: Option<&str>,
+        headers: &[&str],
+    ) -> Result<Answer> {
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--noproxy", "*", "--max-time", "30", "--write-out", "\n%{http_code}", "--config", "-"]);
+        curl.args(["--request", method, &format!("{}{path}", self.url())]);
+        for header in headers {
+            curl.args(["--header", header]);
+        }
+        if let Some(body) = body {
+            curl.args(["--header", "Content-Type: application/json", "--data-raw", body]);
+        }
+        // By standard input, so that the token stands in no process list.
+        let config = token.map(|token| format!("header = \"Authorization: Bearer {token}\"\n")).unwrap_or_default();
+        let output = output_with_input(curl, config.as_bytes())?;
+        ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (body, status) = text.rsplit_once('\n').context("curl's status line")?;
+        Ok(Answer { status: status.parse()?, body: serde_json::from_str(body).unwrap_or_default() })
+    }
+
+    /// Opens an attach WebSocket, with a subprotocol or without one.
+    ///
+    /// # Errors
+    ///
+    /// When the server refuses.
+    pub fn attach_socket(&self, weaver: &Weaver, subprotocol: Option<&str>) -> Result<WebSocket<TcpStream>> {
+        let authority = self.url().trim_start_matches("http://").to_owned();
+        let uri = format!("ws://{authority}/api/weavers/{}/attach?rows=24&cols=80", weaver.id).parse()?;
+        let mut request =
+            ClientRequestBuilder::new(uri).with_header("Authorization", format!("Bearer {}", self.admin_token()?));
+        if let Some(subprotocol) = subprotocol {
+            request = request.with_sub_protocol(subprotocol);
+        }
+        let stream = TcpStream::connect(authority)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let (socket, _) =
+            tungstenite::client(request, stream).map_err(|error| anyhow::anyhow!("attaching: {error}"))?;
+        Ok(socket)
+    }
+}
+
+/// Reads frames until the text of them contains `wanted`; all that was read.
+///
+/// # Errors
+///
+/// When the connection ends before.
+pub fn read_until(socket: &mut WebSocket<TcpStream>, wanted: &str) -> Result<String> {
+    let mut seen = String::new();
+    while !seen.contains(wanted) {
+        match socket.read().with_context(|| format!("waiting for {wanted:?} after {seen:?}"))? {
+            Message::Text(text) => seen.push_str(&text),
+            Message::Binary(bytes) => seen.push_str(&String::from_utf8_lossy(&bytes)),
+            _ => {}
+        }
+    }
+    Ok(seen)
+}

@@ -1,0 +1,19 @@
+//! The harness of the end-to-end tests, the benchmarks and the demo.
+//!
+//! A [`System`] is one whole Loom on this machine: a real `loom-server` on a port of its own, and the real `loom` with
+//! configuration, state and run-time directories of its own, so that several can run side by side and none touches the
+//! developer's. [`terminal::Terminal`] runs a program on a pseudo-terminal and reads its screen as a person would.
+//! [`processes`] looks at `/proc` for what a system started and what it left behind.
+//!
+//! Everything is driven through the real binaries; nothing here links the product's code.
+
+pub mod api;
+pub mod postgres;
+pub mod processes;
+pub mod system;
+pub mod terminal;
+pub mod wait;
+pub mod wireguard_go;
+
+pub use system::{System, Weaver};
+pub use wait::eventually;

@@ -1,0 +1,91 @@
+//! What `/proc` says about processes that belong to one directory: those whose environment, arguments, mounts or
+//! working directory name it.
+
+use std::{fs, path::Path};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A process, as far as a test cares.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Its id on this machine.
+    pub pid: i32,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+}
+
+impl Process {
+    /// Whether an argument, or the program's file name, is `word`.
+    #[must_use]
+    pub fn has(&self, word: &str) -> bool {
+        self.arguments.iter().any(|argument| argument.rsplit('/').next() == Some(word))
+    }
+
+    /// Ends it without a chance to say anything.
+    pub fn kill(&self) {
+        signal(self.pid, Signal::KILL);
+    }
+}
+
+/// Sends a signal; a process that is gone already is no error.
+pub fn signal(pid: i32, signal: Signal) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// Whether this process is the administrator's.
+#[must_use]
+pub fn am_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Memory of a process that is resident, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Memory {
+    /// Now.
+    pub resident: u64,
+    /// The most there ever was.
+    pub peak: u64,
+}
+
+/// How much memory a process takes; nothing when it has gone.
+#[must_use]
+pub fn memory(pid: i32) -> Option<Memory> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let bytes = |field: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(field))?;
+        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+    };
+    Some(Memory { resident: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
+}
+
+/// All live processes that name `directory` in their arguments or environment, have mounts from it, or work in it.
+#[must_use]
+pub fn belonging_to(directory: &Path) -> Vec<Process> {
+    let needle = directory.to_string_lossy().into_owned();
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let own = std::process::id().cast_signed();
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| *pid != own)
+        .filter_map(|pid| {
+            let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            let arguments = read("cmdline");
+            if arguments.is_empty() {
+                return None; // a kernel thread, or a zombie that waits for its parent
+            }
+            let arguments: Vec<String> =
+                arguments.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned()).collect();
+            let works_there =
+                fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|current| current.starts_with(directory));
+            let named = works_there
+                || arguments.iter().any(|argument| argument.contains(&needle))
+                || ["environ", "mountinfo"]
+                    .iter()
+                    .any(|name| String::from_utf8_lossy(&read(name)).contains(needle.as_str()));
+            named.then_some(Process { pid, arguments })
+        })
+        .collect()
+}

@@ -1,0 +1,413 @@
+//! One whole Loom on this machine: a real server with the local backend, and the real command line.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::{
+    processes::{self, Process},
+    wait::eventually,
+};
+
+/// For anything that should take a moment: far more than it needs, so that only a fault meets it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server, a user who is logged in, and a place for everything they keep. Stops and removes it all when dropped.
+pub struct System {
+    directory: tempfile::TempDir,
+    binaries: PathBuf,
+    server: Option<Child>,
+    url: String,
+    settings: Vec<(String, String)>,
+    keep: bool,
+}
+
+/// A weaver that a [`System`] runs.
+#[derive(Debug, Clone)]
+pub struct Weaver {
+    /// Its id, `W-<uuid>`.
+    pub id: String,
+}
+
+impl System {
+    /// Starts a server and logs its administrator in.
+    ///
+    /// # Errors
+    ///
+    /// When the binaries are not built, or the server does not start.
+    pub fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// The same with further settings in the server's environment.
+    ///
+    /// # Errors
+    ///
+    /// As [`System::start`].
+    pub fn start_with(settings: &[(&str, &str)]) -> Result<Self> {
+        let system = Self::start_logged_out(settings)?;
+        system.login_with_token()?;
+        Ok(system)
+    }
+
+    /// Starts a server with further settings in its environment; nobody is logged in.
+    ///
+    /// # Errors
+    ///
+    /// As [`System::start`].
+    pub fn start_logged_out(settings: &[(&str, &str)]) -> Result<Self> {
+        Self::start_from(&built_binaries()?, settings)
+    }
+
+    /// The same with binaries from a given directory.
+    ///
+    /// # Errors
+    ///
+    /// As [`System::start`].
+    pub fn start_from(binaries: &Path, settings: &[(&str, &str)]) -> Result<Self> {
+        for name in ["loom", "loom-server", "loom-agent"] {
+            ensure!(binaries.join(name).exists(), "{name} is not in {}: run `cargo xtask test`", binaries.display());
+        }
+        // Short, because the path of a unix socket holds about a hundred bytes.
+        let directory = tempfile::Builder::new().prefix("loom-").tempdir_in("/tmp")?;
+        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let mut system = Self {
+            directory,
+            binaries: binaries.to_owned(),
+            server: None,
+            url: "127.0.0.1:0".to_owned(),
+            settings,
+            keep: false,
+        };
+        // The server's data must be traversable for the unprivileged user that weavers run as.
+        set_mode(system.path(""), 0o711)?;
+        for private in ["config", "state", "runtime"] {
+            fs::create_dir(system.path(private))?;
+            set_mode(system.path(private), 0o700)?;
+        }
+        system.start_server()?;
+        Ok(system)
+    }
+
+    /// A path below the system's directory.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The server's address.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The administrator's sign-in token, from the file that the server wrote at its first start.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read.
+    pub fn admin_token(&self) -> Result<String> {
+        let token = fs::read_to_string(self.path("data/admin.token")).context("reading the administrator's token")?;
+        Ok(token.trim().to_owned())
+    }
+
+    /// The environment of the system's user, as names and values.
+    #[must_use]
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        let directory = |name| self.path(name).to_string_lossy().into_owned();
+        vec![
+            ("XDG_CONFIG_HOME", directory("config")),
+            ("XDG_STATE_HOME", directory("state")),
+            ("XDG_RUNTIME_DIR", directory("runtime")),
+            ("LOOM_SERVER_URL", self.url.clone()),
+        ]
+    }
+
+    /// The real `loom` with `arguments`, in the user's environment.
+    #[must_use]
+    pub fn loom(&self, arguments: &[&str]) -> Command {
+        let mut command = self.program(&self.loom_binary());
+        command.args(arguments);
+        command
+    }
+
+    /// Another program in the same environment.
+    #[must_use]
+    pub fn program(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.envs(self.environment()).env("HOME", self.path("")).env_remove("LOOM_TOKEN").stdin(Stdio::null());
+        command
+    }
+
+    /// The path of `loom`.
+    #[must_use]
+    pub fn loom_binary(&self) -> String {
+        self.binaries.join("loom").to_string_lossy().into_owned()
+    }
+
+    /// Runs `loom` to its end; what it wrote to standard output.
+    ///
+    /// # Errors
+    ///
+    /// Shows its standard error when it fails.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.output(arguments)?;
+        if !output.status.success() {
+            bail!("loom {arguments:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Runs `loom` to its end, whatever that is.
+    ///
+    /// # Errors
+    ///
+    /// Only when it cannot be started.
+    pub fn output(&self, arguments: &[&str]) -> Result<Output> {
+        self.loom(arguments).output().context("starting loom")
+    }
+
+    /// Runs `loom` with something on standard input.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started or does not take its input.
+    pub fn output_with_input(&self, arguments: &[&str], input: &[u8]) -> Result<Output> {
+        output_with_input(self.loom(arguments), input)
+    }
+
+    /// Runs `loom … --json` and reads what it says.
+    ///
+    /// # Errors
+    ///
+    /// When it fails or says something else.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let text = self.run(arguments)?;
+        serde_json::from_str(&text).with_context(|| format!("loom {arguments:?} printed {text:?}"))
+    }
+
+    /// Logs in with the administrator's token, as a program would.
+    ///
+    /// # Errors
+    ///
+    /// When the login fails.
+    pub fn login_with_token(&self) -> Result<()> {
+        let output = self.output_with_input(&["login", "--token", "-"], self.admin_token()?.as_bytes())?;
+        ensure!(output.status.success(), "login: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// Makes a weaver and waits until people can come in.
+    ///
+    /// # Errors
+    ///
+    /// When it is not made.
+    pub fn new_weaver(&self, arguments: &[&str]) -> Result<Weaver> {
+        let mut all = vec!["new", "--no-attach"];
+        all.extend(arguments);
+        Ok(Weaver { id: self.run(&all)?.trim().to_owned() })
+    }
+
+    /// What the API says of a weaver.
+    ///
+    /// # Errors
+    ///
+    /// When it says nothing.
+    pub fn describe(&self, weaver: &Weaver) -> Result<Value> {
+        let all = self.json(&["ps", "--all", "--json"])?;
+        let list = all.as_array().context("ps --json is no array")?;
+        list.iter().find(|item| item["id"] == weaver.id.as_str()).cloned().context("the weaver is not listed")
+    }
+
+    /// The directory in which the local backend keeps a weaver.
+    #[must_use]
+    pub fn weaver_directory(&self, weaver: &Weaver) -> PathBuf {
+        self.path("data/weavers").join(weaver.id.trim_start_matches("W-"))
+    }
+
+    /// The weaver's sidecar process.
+    ///
+    /// # Errors
+    ///
+    /// When there is none within a while.
+    pub fn sidecar(&self, weaver: &Weaver) -> Result<Process> {
+        let directory = self.weaver_directory(weaver);
+        eventually("the weaver's sidecar", PATIENCE, || {
+            Ok(processes::belonging_to(&directory).into_iter().find(|process| process.has("sidecar")))
+        })
+    }
+
+    /// The user's background daemon, if it runs.
+    #[must_use]
+    pub fn daemon(&self) -> Option<Process> {
+        processes::belonging_to(self.directory.path())
+            .into_iter()
+            .find(|process| process.arguments.get(1).is_some_and(|verb| verb == "daemon"))
+    }
+
+    /// Ends the server as a crash would.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn kill_server(&mut self) -> Result<()> {
+        let mut server = self.server.take().context("the server does not run")?;
+        server.kill()?;
+        server.wait()?;
+        Ok(())
+    }
+
+    /// Starts the server again, at the address it had.
+    ///
+    /// # Errors
+    ///
+    /// When it does not come up.
+    pub fn start_server(&mut self) -> Result<()> {
+        let listen_file = self.path("data/listen");
+        let _ = fs::remove_file(&listen_file);
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.path("server.log"))?;
+        let mut command = Command::new(self.binaries.join("loom-server"));
+        command
+            .args(["--data-dir", &self.path("data").to_string_lossy()])
+            .args(["--listen", self.url.trim_start_matches("http://")])
+            .envs(self.settings.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0);
+        let mut server = command.spawn().context("starting loom-server")?;
+        let address = eventually("the server to listen", PATIENCE, || {
+            if let Some(status) = server.try_wait()? {
+                bail!("loom-server ended with {status}:\n{}", self.server_log());
+            }
+            Ok(fs::read_to_string(&listen_file).ok().filter(|text| !text.is_empty()))
+        })?;
+        self.url = format!("http://{}", address.trim());
+        self.server = Some(server);
+        Ok(())
+    }
+
+    /// The server's process id.
+    #[must_use]
+    pub fn server_pid(&self) -> Option<i32> {
+        self.server.as_ref().map(|server| server.id().cast_signed())
+    }
+
+    /// What the server has logged.
+    #[must_use]
+    pub fn server_log(&self) -> String {
+        fs::read_to_string(self.path("server.log")).unwrap_or_default()
+    }
+
+    /// Leaves everything running and in place when dropped; where that is.
+    pub fn keep(&mut self) -> &Path {
+        self.keep = true;
+        self.directory.disable_cleanup(true);
+        self.directory.path()
+    }
+
+    /// Deletes all weavers, ends daemon and server, and checks that nothing is left behind.
+    ///
+    /// # Errors
+    ///
+    /// Names what is left.
+    pub fn stop(mut self) -> Result<()> {
+        let weavers = self.json(&["ps", "--json"])?;
+        for weaver in weavers.as_array().into_iter().flatten() {
+            self.run(&["delete", "--yes", weaver["id"].as_str().unwrap_or_default()])?;
+        }
+        eventually("the weavers' directories to be removed", PATIENCE, || {
+            let left = fs::read_dir(self.path("data/weavers")).map_or(0, Iterator::count);
+            Ok((left == 0).then_some(()))
+        })?;
+        if let Some(daemon) = self.daemon() {
+            processes::signal(daemon.pid, Signal::TERM);
+        }
+        self.stop_server()?;
+        eventually("all processes and mounts to be gone", PATIENCE, || {
+            Ok(processes::belonging_to(self.directory.path()).is_empty().then_some(()))
+        })
+        .with_context(|| format!("left: {:?}", processes::belonging_to(self.directory.path())))
+    }
+
+    /// Asks the server to end, and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// When it does not end.
+    pub fn stop_server(&mut self) -> Result<()> {
+        let Some(mut server) = self.server.take() else { return Ok(()) };
+        processes::signal(server.id().cast_signed(), Signal::TERM);
+        let ended = eventually("the server to end", PATIENCE, || Ok(server.try_wait()?));
+        if ended.is_err() {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+        ended.map(drop)
+    }
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        if std::thread::panicking() {
+            eprintln!("--- the server's log ends with ---\n{}", tail(&self.server_log()));
+        }
+        if let Some(mut server) = self.server.take() {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+        for process in processes::belonging_to(self.directory.path()) {
+            process.kill();
+        }
+    }
+}
+
+/// Runs a command to its end with something on standard input.
+///
+/// # Errors
+///
+/// When it cannot be started.
+pub fn output_with_input(mut command: Command, input: &[u8]) -> Result<Output> {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut stdin = child.stdin.take().context("standard input was piped")?;
+    let writer = {
+        let input = input.to_owned();
+        // A program that ends without reading it all is no fault of the test's.
+        std::thread::spawn(move || drop(stdin.write_all(&input)))
+    };
+    let output = child.wait_with_output()?;
+    let _ = writer.join();
+    Ok(output)
+}
+
+/// The directory of the binaries that cargo built beside the running test.
+fn built_binaries() -> Result<PathBuf> {
+    let mut directory = std::env::current_exe()?;
+    directory.pop();
+    if directory.ends_with("deps") {
+        directory.pop();
+    }
+    Ok(directory)
+}
+
+fn set_mode(path: impl AsRef<Path>, mode: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(mode))?)
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}

@@ -1,0 +1,179 @@
+//! A foreign WireGuard as a weaver's client: wireguard-go on a TUN device of this machine, which only an administrator
+//! may make. It is told everything by its own configuration protocol (the WireGuard cross-platform interface), nothing
+//! by `wg`.
+
+use std::{
+    fmt::Write as _,
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::{System, Weaver, system::PATIENCE, system::output_with_input, wait::eventually};
+
+/// A running wireguard-go with one peer. Its interface goes with it.
+pub struct WireGuardGo {
+    process: Child,
+    /// The interface's name.
+    pub interface: String,
+    /// The weaver's address inside the tunnel.
+    pub peer_address: String,
+}
+
+/// An X25519 key pair, raw.
+struct KeyPair {
+    private: Vec<u8>,
+    public: Vec<u8>,
+}
+
+impl WireGuardGo {
+    /// Has the server admit a new device to the weaver, and connects it straight to the agent's UDP port.
+    ///
+    /// # Errors
+    ///
+    /// When wireguard-go is not installed, or this machine allows no TUN device.
+    pub fn connect(system: &System, weaver: &Weaver) -> Result<Self> {
+        let keys = KeyPair::generate()?;
+        let grant = open_tunnel(system, weaver, &encode(&keys.public)?)?;
+        let text = |name: &str| grant[name].as_str().with_context(|| format!("no {name} in the grant"));
+        let endpoint = grant["candidates"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .find(|candidate| !candidate.starts_with('['))
+            .context("the agent has no IPv4 candidate")?
+            .to_owned();
+        let peer_address = text("peer_address")?.to_owned();
+
+        let interface = format!("loomwg{}", std::process::id() % 100_000);
+        let process = Command::new(binary()?)
+            .args(["-f", &interface])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("starting wireguard-go")?;
+        let running = Self { process, interface, peer_address };
+
+        let mut settings = String::from("set=1\n");
+        writeln!(settings, "private_key={}", hex(&keys.private))?;
+        writeln!(settings, "public_key={}", hex(&decode(text("peer_key")?)?))?;
+        writeln!(settings, "preshared_key={}", hex(&decode(text("preshared_key")?)?))?;
+        writeln!(settings, "endpoint={endpoint}")?;
+        writeln!(settings, "allowed_ip={}/128\n", running.peer_address)?;
+        running.configure(&settings)?;
+        running.ip(&[
+            "-6",
+            "address",
+            "add",
+            &format!("{}/128", text("device_address")?),
+            "dev",
+            &running.interface,
+        ])?;
+        running.ip(&["link", "set", &running.interface, "mtu", "1280", "up"])?;
+        running.ip(&["-6", "route", "add", &format!("{}/128", running.peer_address), "dev", &running.interface])?;
+        Ok(running)
+    }
+
+    fn configure(&self, settings: &str) -> Result<()> {
+        let path = format!("/var/run/wireguard/{}.sock", self.interface);
+        let mut socket =
+            eventually("wireguard-go's configuration socket", PATIENCE, || Ok(UnixStream::connect(&path).ok()))?;
+        socket.write_all(settings.as_bytes())?;
+        let mut answer = String::new();
+        BufReader::new(socket).read_line(&mut answer)?;
+        ensure!(answer.trim() == "errno=0", "wireguard-go refused its settings: {answer}");
+        Ok(())
+    }
+
+    fn ip(&self, arguments: &[&str]) -> Result<()> {
+        let output = Command::new("ip").args(arguments).output()?;
+        ensure!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+}
+
+impl Drop for WireGuardGo {
+    fn drop(&mut self) {
+        // The interface is the process's own: it goes when the process does.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = std::fs::remove_file(format!("/var/run/wireguard/{}.sock", self.interface));
+    }
+}
+
+impl KeyPair {
+    fn generate() -> Result<Self> {
+        // In DER both halves are the last 32 bytes (RFC 8410).
+        let private = Command::new("openssl").args(["genpkey", "-algorithm", "X25519", "-outform", "DER"]).output()?;
+        let mut public = Command::new("openssl");
+        public.args(["pkey", "-inform", "DER", "-pubout", "-outform", "DER"]);
+        let public = output_with_input(public, &private.stdout)?;
+        let last = |bytes: Vec<u8>| bytes.len().checked_sub(32).map(|start| bytes[start..].to_vec());
+        Ok(Self {
+            private: last(private.stdout).context("openssl made no key")?,
+            public: last(public.stdout).context("openssl made no public key")?,
+        })
+    }
+}
+
+/// `POST /api/weavers/ID/tunnel`, as another program than ours would.
+fn open_tunnel(system: &System, weaver: &Weaver, public_key: &str) -> Result<Value> {
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--fail-with-body", "--noproxy", "*", "--config", "-"]);
+    // By standard input, so that the token stands in no process list.
+    let config = format!(
+        "url = \"{}/api/weavers/{}/tunnel\"\nheader = \"Authorization: Bearer {}\"\nheader = \"Content-Type: application/json\"\ndata = \"{{\\\"public_key\\\":\\\"{public_key}\\\"}}\"\n",
+        system.url(),
+        weaver.id,
+        system.admin_token()?,
+    );
+    let output = output_with_input(curl, config.as_bytes())?;
+    ensure!(output.status.success(), "opening a tunnel: {}", String::from_utf8_lossy(&output.stdout));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// Where `cargo xtask test` builds wireguard-go.
+///
+/// # Errors
+///
+/// When it is not there.
+pub fn binary() -> Result<PathBuf> {
+    let mut directory = std::env::current_exe()?;
+    let target = loop {
+        ensure!(directory.pop(), "the test does not run from a target directory");
+        if directory.join("tools").is_dir() {
+            break directory;
+        }
+    };
+    let binary = target.join("tools/wireguard");
+    ensure!(binary.exists(), "{} is missing: run `cargo xtask test`", binary.display());
+    Ok(binary)
+}
+
+fn encode(bytes: &[u8]) -> Result<String> {
+    let output = output_with_input(base64(&["-w0"]), bytes)?;
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+fn decode(text: &str) -> Result<Vec<u8>> {
+    Ok(output_with_input(base64(&["-d"]), text.as_bytes())?.stdout)
+}
+
+fn base64(arguments: &[&str]) -> Command {
+    let mut command = Command::new("base64");
+    command.args(arguments);
+    command
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

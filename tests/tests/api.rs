@@ -1,0 +1,165 @@
+//! The HTTP API from outside: who may do what, what bad input gets, and both attach protocols.
+
+use anyhow::{Context as _, Result, ensure};
+use loom_tests::{System, api::read_until, eventually, system::PATIENCE};
+use serde_json::json;
+use tungstenite::Message;
+
+/// A user besides the administrator; its token.
+fn add_user(system: &System, name: &str) -> Result<String> {
+    let server = system.loom_binary() + "-server";
+    let output = system.program(&server).args(["user", "add", name, "--data-dir"]).arg(system.path("data")).output()?;
+    ensure!(output.status.success(), "user add: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+#[test]
+fn every_documented_route_is_there_and_needs_a_token_unless_it_says_otherwise() -> Result<()> {
+    let system = System::start()?;
+    let document = system.request(None, "GET", "/api/openapi.json", None)?;
+    assert_eq!(document.status, 200);
+    let paths = document.body["paths"].as_object().context("paths")?;
+    ensure!(paths.len() > 15, "only {} paths", paths.len());
+    for (path, operations) in paths {
+        for (method, operation) in operations.as_object().context("operations")? {
+            let address = path.replace("{id}", "x").replace("{key}", "x").replace("{stream}", "x");
+            let answer = system.request(None, &method.to_uppercase(), &address, None)?;
+            if operation["security"].is_array() {
+                assert_eq!((answer.status, answer.code()), (401, "unauthorized"), "{method} {path}");
+            } else {
+                assert!(![401, 404, 405].contains(&answer.status), "{method} {path}: {answer:?}");
+            }
+        }
+    }
+    let absent = system.request(None, "GET", "/api/nothing", None)?;
+    assert_eq!((absent.status, absent.code()), (404, "not_found"));
+    let other = system.request(None, "PUT", "/api/weavers", None)?;
+    assert_eq!((other.status, other.code()), (405, "invalid_request"));
+    system.stop()
+}
+
+#[test]
+fn another_users_weavers_and_devices_do_not_exist_for_one() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&["--name", "mine"])?;
+    let eve = add_user(&system, "eve")?;
+    let eve = Some(eve.as_str());
+    for (method, path, body) in [
+        ("GET", format!("/api/weavers/{}", weaver.id), None),
+        ("GET", "/api/weavers/mine".to_owned(), None),
+        ("GET", format!("/api/weavers/{}/events", weaver.id), None),
+        ("GET", format!("/api/weavers/{}/logs", weaver.id), None),
+        ("DELETE", format!("/api/weavers/{}", weaver.id), None),
+        ("POST", format!("/api/weavers/{}/extend", weaver.id), Some(r#"{"hours":1}"#)),
+        (
+            "POST",
+            format!("/api/weavers/{}/tunnel", weaver.id),
+            Some(r#"{"public_key":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}"#),
+        ),
+    ] {
+        let answer = system.request(eve, method, &path, body)?;
+        assert_eq!((answer.status, answer.code()), (404, "weaver_not_found"), "{method} {path}");
+    }
+    assert_eq!(system.request(eve, "GET", "/api/weavers?all=true", None)?.body, json!([]));
+    let admin = system.admin_token()?;
+    let org = system.request(Some(&admin), "GET", "/api/me", None)?.body["organisations"][0]["id"].clone();
+    let intruding = json!({"org_id": org}).to_string();
+    assert_eq!(system.request(eve, "POST", "/api/weavers", Some(&intruding))?.code(), "forbidden");
+
+    // A key belongs to the first who named it.
+    let key = r#"{"public_key":"AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="}"#;
+    let path = format!("/api/weavers/{}/tunnel", weaver.id);
+    assert_eq!(system.request(Some(&admin), "POST", &path, Some(key))?.status, 200);
+    let relay = "/api/relay?key=AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE";
+    let upgrade = [
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+    ];
+    assert_eq!(system.request_with(eve, "GET", relay, None, &upgrade)?.code(), "forbidden");
+    system.stop()
+}
+
+#[test]
+fn a_request_with_an_idempotency_key_is_done_once() -> Result<()> {
+    let system = System::start()?;
+    let token = system.admin_token()?;
+    let make =
+        |body: &str| system.request_with(Some(&token), "POST", "/api/weavers", Some(body), &["Idempotency-Key: one"]);
+    let first = make(r#"{"name":"once"}"#)?;
+    let again = make(r#"{"name":"once"}"#)?;
+    assert_eq!((first.status, again.status), (201, 201));
+    assert_eq!(first.body["id"], again.body["id"]);
+    assert_eq!(make(r#"{"name":"other"}"#)?.code(), "idempotency_conflict");
+    let taken = system.request(Some(&token), "POST", "/api/weavers", Some(r#"{"name":"once"}"#))?;
+    assert_eq!((taken.status, taken.code()), (409, "name_taken"));
+    system.stop()
+}
+
+#[test]
+fn bad_requests_are_refused_with_a_code_and_change_nothing() -> Result<()> {
+    let system = System::start()?;
+    let token = system.admin_token()?;
+    for (body, status, code) in [
+        ("", 400, "invalid_request"),
+        ("{", 400, "invalid_request"),
+        ("[]", 400, "invalid_request"),
+        (r#"{"unknown":1}"#, 400, "invalid_request"),
+        (r#"{"lifetime_hours":0}"#, 400, "invalid_lifetime"),
+        (r#"{"lifetime_hours":48.01}"#, 400, "invalid_lifetime"),
+        (r#"{"lifetime_hours":1e999}"#, 400, "invalid_request"),
+        (r#"{"image":"a b"}"#, 400, "invalid_image"),
+        (r#"{"image":"python:3"}"#, 422, "image_unavailable"),
+        (r#"{"branch":"main"}"#, 400, "invalid_request"),
+        (r#"{"repo":"ssh://host/x"}"#, 400, "invalid_request"),
+        (r#"{"command":[]}"#, 400, "invalid_request"),
+        (r#"{"env":{"A=B":"c"}}"#, 400, "invalid_request"),
+        (r#"{"env":{"A":"\u0000"}}"#, 400, "invalid_request"),
+        (r#"{"resources":{"cpu_millicores":0,"memory_mb":1}}"#, 400, "invalid_request"),
+    ] {
+        let answer = system.request(Some(&token), "POST", "/api/weavers", Some(body))?;
+        assert_eq!((answer.status, answer.code()), (status, code), "{body}: {answer:?}");
+    }
+    let large = format!(r#"{{"name":"{}"}}"#, "x".repeat(100_000));
+    assert_eq!(system.request(Some(&token), "POST", "/api/weavers", Some(&large))?.status, 400);
+    assert_eq!(system.request(Some(&token), "GET", "/api/weavers?all=true", None)?.body, json!([]));
+    system.stop()
+}
+
+#[test]
+fn the_plain_attach_protocol_is_text_both_ways_with_resizes() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&[])?;
+    let mut socket = system.attach_socket(&weaver, None)?;
+    socket.send(Message::text("echo plain-$((40+2)) €\r"))?;
+    read_until(&mut socket, "plain-42 €")?;
+    socket.send(Message::text(r#"{"type":"resize","rows":33,"cols":101}"#))?;
+    eventually("the resize to count", PATIENCE, || {
+        socket.send(Message::text("echo size-$(stty size)-end\r"))?;
+        let seen = read_until(&mut socket, "-end\r\n")?;
+        Ok(seen.contains("size-33 101-end").then_some(()))
+    })?;
+    socket.send(Message::text(r#"echo {"type":"other"}"#.to_owned() + "\r"))?;
+    read_until(&mut socket, "{type:other}")?;
+    system.stop()
+}
+
+#[test]
+fn a_client_that_returns_gets_exactly_what_it_missed() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&[])?;
+    let mut socket = system.attach_socket(&weaver, Some("loom.attach.v2"))?;
+    let Message::Text(attached) = socket.read()? else { anyhow::bail!("the first frame is no control frame") };
+    assert!(attached.contains(r#""type":"attached""#), "{attached}");
+    socket.send(Message::binary(b"echo v2-$((40+2))\r".to_vec()))?;
+    let seen = read_until(&mut socket, "v2-42")?;
+    assert!(seen.contains(r#""type":"snapshot""#) || seen.contains("v2"), "{seen}");
+    // Hostile input ends the connection or is ignored; it harms nobody else.
+    socket.send(Message::text("{\"type\":\"resize\",\"rows\":65536}"))?;
+    socket.send(Message::text("not json"))?;
+    let mut second = system.attach_socket(&weaver, Some("loom.attach.v2"))?;
+    second.send(Message::binary(b"echo still-$((40+3))\r".to_vec()))?;
+    read_until(&mut second, "still-43")?;
+    system.stop()
+}

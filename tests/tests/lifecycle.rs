@@ -1,0 +1,186 @@
+//! From `loom new` to nothing left: clones, deadlines, errors.
+
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use loom_tests::{System, eventually, processes, system::PATIENCE};
+
+/// A git repository with the branches `main` and `feature`.
+fn repository(at: &Path) -> Result<String> {
+    fs::create_dir(at)?;
+    let git = |arguments: &[&str]| -> Result<()> {
+        let status = Command::new("git")
+            .args(["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main"])
+            .args(["-c", "safe.directory=*"])
+            .args(arguments)
+            .current_dir(at)
+            .stdout(std::process::Stdio::null())
+            .status()?;
+        ensure!(status.success(), "git {arguments:?}");
+        Ok(())
+    };
+    git(&["init", "-q"])?;
+    fs::write(at.join("README"), "on main\n")?;
+    git(&["add", "."])?;
+    git(&["commit", "-q", "-m", "first"])?;
+    git(&["checkout", "-q", "-b", "feature"])?;
+    fs::write(at.join("README"), "on feature\n")?;
+    git(&["commit", "-q", "-a", "-m", "second"])?;
+    git(&["checkout", "-q", "main"])?;
+    Ok(format!("file://{}", at.display()))
+}
+
+#[test]
+fn a_weaver_holds_the_repository_and_leaves_no_trace() -> Result<()> {
+    let system = System::start()?;
+    let url = repository(&system.path("project"))?;
+    let weaver = system.new_weaver(&["--name", "work", "--repo", &url, "--branch", "feature", "-e", "COLOUR=green"])?;
+    assert_eq!(
+        system.run(&["exec", "work", "--", "sh", "-c", "cat README; echo $COLOUR; pwd"])?,
+        "on feature\ngreen\n/workspace/project\n"
+    );
+
+    let described = system.describe(&weaver)?;
+    assert_eq!(described["status"], "Running");
+    assert_eq!(described["lifetime_hours"], 4.0);
+    let table = system.run(&["ps"])?;
+    let header: Vec<&str> = table.lines().next().context("a header")?.split_whitespace().collect();
+    assert_eq!(header, ["ID", "IMAGE", "STATUS", "AGE", "TTL"]);
+    assert!(table.contains(&weaver.id) && table.contains("Running"), "{table}");
+    let kinds: Vec<String> = system
+        .json(&["events", "work", "--json"])?
+        .as_array()
+        .context("an array")?
+        .iter()
+        .map(|event| event["kind"].as_str().unwrap_or_default().to_owned())
+        .collect();
+    for kind in ["created", "started", "agent_connected", "cloning", "cloned", "ready"] {
+        assert!(kinds.iter().any(|k| k == kind), "no {kind} in {kinds:?}");
+    }
+
+    // No secret stands where another process can read it.
+    for process in processes::belonging_to(&system.weaver_directory(&weaver)) {
+        assert!(!process.arguments.iter().any(|argument| argument.contains("green")), "{process:?}");
+    }
+    let database = fs::read(system.path("data/loom.db")).unwrap_or_default();
+    assert!(!String::from_utf8_lossy(&database).contains("COLOUR"), "the environment is sealed at rest");
+
+    system.run(&["delete", "--yes", "work"])?;
+    assert_eq!(system.output(&["exec", &weaver.id, "--", "true"])?.status.code(), Some(255));
+    assert_eq!(system.output(&["logs", &weaver.id])?.status.code(), Some(6), "a deleted weaver is gone, not unknown");
+    system.stop()
+}
+
+#[test]
+fn a_weaver_ends_on_the_second_and_extending_moves_that() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&["--ttl", "8s"])?;
+    let other = system.new_weaver(&["--ttl", "8s"])?;
+    system.run(&["extend", &other.id, "1"])?;
+    let described = system.describe(&weaver)?;
+    let created = described["created_at"].as_str().context("created_at")?.to_owned();
+    let directory = system.weaver_directory(&weaver);
+    eventually("the weaver's directory to go", PATIENCE, || Ok((!directory.exists()).then_some(())))?;
+    let gone = SystemTime::now();
+    let created = epoch_seconds(&created)?;
+    let lived = gone.duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64() - created;
+    assert!((8.0..11.0).contains(&lived), "it lived {lived:.1} s of 8");
+    let kinds = system.run(&["events", &weaver.id, "--json"])?;
+    assert!(kinds.contains("expired"), "{kinds}");
+    assert_eq!(system.describe(&other)?["status"], "Running", "the extended one lives on");
+
+    let output = system.output(&["extend", &other.id, "47"])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("48"), "{output:?}");
+    system.stop()
+}
+
+/// An RFC 3339 time as seconds since 1970, by `date`.
+fn epoch_seconds(time: &str) -> Result<f64> {
+    let output = Command::new("date").args(["-d", time, "+%s.%N"]).output()?;
+    Ok(String::from_utf8(output.stdout)?.trim().parse()?)
+}
+
+#[test]
+fn a_failed_clone_is_a_failed_weaver_with_the_reason() -> Result<()> {
+    let system = System::start()?;
+    let url = repository(&system.path("project"))?;
+    let output = system.output(&["new", "--no-attach", "--repo", &url, "--branch", "absent"])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("absent"), "{output:?}");
+
+    let missing = format!("{url}-missing");
+    let output = system.output(&["new", "--no-attach", "--repo", &missing])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("clone"), "{output:?}");
+    system.stop()
+}
+
+#[test]
+fn nonsense_is_refused_with_a_reason_and_changes_nothing() -> Result<()> {
+    let system = System::start()?;
+    for (arguments, code, word) in [
+        (&["new", "--no-attach", "--ttl", "49"][..], 1, "48"),
+        (&["new", "--no-attach", "--ttl", "-1"], 2, "ttl"),
+        (&["new", "--no-attach", "--ttl", "NaN"], 2, "ttl"),
+        (&["new", "--no-attach", "--image", "UPPER case"], 1, "image"),
+        (&["new", "--no-attach", "--image", "python:3.12"], 1, "image"),
+        (&["new", "--no-attach", "--name", "Not_a_label"], 1, "name"),
+        (&["new", "--no-attach", "--repo", "--upload-pack=x"], 2, "repo"),
+        (&["new", "--no-attach", "--repo", "ext::sh -c id"], 1, "repo"),
+        (&["new", "--no-attach", "--branch", "main"], 2, "repo"),
+        (&["new", "--no-attach", "-e", "1=2"], 1, "env"),
+        (&["attach", "nobody"], 5, "no weaver"),
+        (&["delete", "--yes", "nobody"], 5, "no weaver"),
+        (&["frobnicate"], 2, "frobnicate"),
+    ] {
+        let output = system.output(arguments)?;
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {errors}");
+        assert!(errors.to_lowercase().contains(word), "{arguments:?}: {errors}");
+    }
+    assert_eq!(system.json(&["ps", "--all", "--json"])?, serde_json::json!([]));
+    system.stop()
+}
+
+#[test]
+fn a_pod_whose_processes_are_killed_becomes_a_failed_weaver_with_a_reason() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&[])?;
+    let directory = system.weaver_directory(&weaver);
+    let supervisor = processes::belonging_to(&directory)
+        .into_iter()
+        .find(|process| process.arguments.iter().any(|argument| argument == "local-pod"))
+        .context("a supervisor")?;
+    supervisor.kill();
+    let described = eventually("the weaver to be Failed", PATIENCE, || {
+        let described = system.describe(&weaver)?;
+        Ok((described["status"] == "Failed").then_some(described))
+    })?;
+    assert!(described["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{described}");
+    eventually("its processes to go", Duration::from_secs(20), || {
+        Ok(processes::belonging_to(&directory).is_empty().then_some(()))
+    })?;
+    system.stop()
+}
+
+#[test]
+fn nobody_comes_in_without_a_login() -> Result<()> {
+    let system = System::start_logged_out(&[])?;
+    let output = system.output(&["ps"])?;
+    assert_eq!(output.status.code(), Some(4));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("loom login"), "{output:?}");
+    let output = system.output_with_input(&["login", "--token", "-"], b"loom_wrong")?;
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    system.login_with_token()?;
+    assert!(system.run(&["whoami"])?.contains("admin"));
+    system.run(&["logout"])?;
+    assert_eq!(system.output(&["ps"])?.status.code(), Some(4));
+    system.login_with_token()?;
+    system.stop()
+}

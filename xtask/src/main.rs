@@ -1,0 +1,30 @@
+//! The developer's commands. Everything that a fresh machine needs is set up here, and nowhere else.
+
+mod bench;
+mod build;
+mod demo;
+mod test;
+mod tools;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Builds, shows, tests and measures Loom weavers.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+enum Command {
+    /// Builds everything and shows the main job: a weaver, its shell, its database.
+    Demo(demo::Options),
+    /// Installs what the tests need and passes them all.
+    Test(test::Options),
+    /// Measures what docs/benchmarks.md reports.
+    Bench(bench::Options),
+}
+
+fn main() -> Result<()> {
+    match Command::parse() {
+        Command::Demo(options) => demo::run(&options),
+        Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
+    }
+}

@@ -1,0 +1,105 @@
+//! Programs of others that the demo and the tests use, installed when they are missing.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::build;
+
+/// wireguard-go, the foreign peer of the interoperability test, at a version that is known to work.
+const WIREGUARD_GO: &str = "golang.zx2c4.com/wireguard@v0.0.0-20260522210424-ecfc5a8d5446";
+
+/// A program, the Debian package that holds it, and other places where the package puts it.
+struct Tool {
+    program: &'static str,
+    package: &'static str,
+    directories: &'static str,
+}
+
+const fn tool(program: &'static str, package: &'static str) -> Tool {
+    Tool { program, package, directories: "" }
+}
+
+/// What the demo needs.
+const DEMO: &[Tool] = &[
+    tool("git", "git"),
+    tool("curl", "curl"),
+    tool("psql", "postgresql-client"),
+    Tool { program: "initdb", package: "postgresql", directories: "/usr/lib/postgresql" },
+];
+
+/// What the tests need besides.
+const TESTS: &[Tool] = &[
+    tool("ssh", "openssh-client"),
+    tool("sftp", "openssh-client"),
+    tool("ip", "iproute2"),
+    tool("openssl", "openssl"),
+    tool("python3", "python3"),
+];
+
+/// Installs what the demo needs.
+pub(crate) fn for_demo() -> Result<()> {
+    install(DEMO)
+}
+
+/// Installs what the tests need.
+pub(crate) fn for_tests() -> Result<()> {
+    install(DEMO)?;
+    install(TESTS)?;
+    wireguard_go()
+}
+
+fn install(tools: &[Tool]) -> Result<()> {
+    let mut missing: Vec<&str> = tools.iter().filter(|tool| !tool.is_there()).map(|tool| tool.package).collect();
+    missing.dedup();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let by_hand = format!("install them by hand, for example: sudo apt-get install {}", missing.join(" "));
+    if !loom_tests::processes::am_root() || !on_path("apt-get") {
+        bail!("these packages are needed: {}; {by_hand}", missing.join(", "));
+    }
+    eprintln!("installing {}", missing.join(", "));
+    run(Command::new("apt-get").args(["-qq", "update"]))?;
+    run(Command::new("apt-get")
+        .args(["-qq", "install", "--yes", "--no-install-recommends"])
+        .args(&missing)
+        .env("DEBIAN_FRONTEND", "noninteractive"))
+    .context(by_hand)
+}
+
+impl Tool {
+    fn is_there(&self) -> bool {
+        on_path(self.program)
+            || std::fs::read_dir(self.directories).is_ok_and(|versions| {
+                versions.flatten().any(|version| version.path().join("bin").join(self.program).exists())
+            })
+    }
+}
+
+/// Builds wireguard-go with the Go toolchain into `target/tools`.
+fn wireguard_go() -> Result<()> {
+    let directory = build::target().join("tools");
+    if directory.join("wireguard").exists() {
+        return Ok(());
+    }
+    ensure!(on_path("go"), "Go (1.23 or newer, https://go.dev/dl) is needed to build wireguard-go for the tests");
+    eprintln!("building wireguard-go");
+    std::fs::create_dir_all(&directory)?;
+    run(Command::new("go").args(["install", WIREGUARD_GO]).env("GOBIN", &directory).env("CGO_ENABLED", "0"))
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("starting {}", command.get_program().display()))?;
+    ensure!(status.success(), "{} failed", command.get_program().display());
+    Ok(())
+}
+
+fn on_path(program: &str) -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|directory| is_file(&directory.join(program))))
+}
+
+fn is_file(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.is_file())
+}

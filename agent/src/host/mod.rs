@@ -24,6 +24,7 @@ mod session;
 mod socket;
 mod stream;
 mod terminal;
+mod words;
 
 use std::{
     collections::BTreeMap,

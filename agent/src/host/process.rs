@@ -107,11 +107,15 @@ impl Surroundings {
         }
         let mut command = match program {
             Program::LoginShell => self.login_shell()?,
-            Program::Shell(line) => {
-                let mut command = Command::new(self.shell()?);
-                command.arg("-c").arg(line);
-                command
-            }
+            Program::Shell(line) => match (&self.shell, super::words::plain(line)) {
+                // A command that asks nothing of a shell can do without one.
+                (None, Some(words)) => by_name(&words, &directory, variables.get(OsStr::new("PATH")))?,
+                _ => {
+                    let mut command = Command::new(self.shell()?);
+                    command.arg("-c").arg(line);
+                    command
+                }
+            },
             Program::Argv(words) => by_name(words, &directory, variables.get(OsStr::new("PATH")))?,
             Program::Sftp => {
                 let mut command = Command::new("/proc/self/exe");
@@ -343,7 +347,9 @@ mod tests {
         let command = it.command(&Program::LoginShell, &BTreeMap::new(), None, None).unwrap();
         assert!(Path::new(command.get_program()).exists());
         let none = Surroundings { shell: None, ..it };
-        let error = none.command(&Program::Shell("true".into()), &BTreeMap::new(), None, None).unwrap_err();
+        let plain = none.command(&Program::Shell("true 'a b'".into()), &BTreeMap::new(), None, None).unwrap();
+        assert_eq!(plain.get_args().collect::<Vec<_>>(), ["a b"]);
+        let error = none.command(&Program::Shell("true; true".into()), &BTreeMap::new(), None, None).unwrap_err();
         assert_eq!((error.kind, error.exit_code()), (FailureKind::NoShell, 127));
         assert_eq!(error.message, "this image has no shell; pass a command");
     }

@@ -92,6 +92,20 @@ impl Client {
     ///
     /// Never in practice: only if the TLS library cannot be set up at all.
     pub fn new(url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
+        Self::trusting(url, token, "")
+    }
+
+    /// The same, for a server whose certificate is of an authority that the system does not know: `authorities` are
+    /// certificates in PEM.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Client::new`], and when `authorities` cannot be read.
+    ///
+    /// # Panics
+    ///
+    /// As for [`Client::new`].
+    pub fn trusting(url: &str, token: Option<Secret>, authorities: &str) -> Result<Self, ClientError> {
         static PROVIDER: Once = Once::new();
         PROVIDER.call_once(|| {
             // An error only says that somebody else has installed one.
@@ -105,7 +119,10 @@ impl Client {
             "http" => return Err(bad("plain http is for loopback only; use https")),
             _ => return Err(bad("it must begin with https:// (or http:// on loopback)")),
         }
+        let authorities = reqwest::Certificate::from_pem_bundle(authorities.as_bytes())
+            .map_err(|_| bad("the certificate authorities given for it cannot be read"))?;
         let http = reqwest::Client::builder()
+            .tls_certs_merge(authorities)
             .connect_timeout(CONNECT_TIMEOUT)
             .user_agent(concat!("loom/", env!("CARGO_PKG_VERSION")))
             .build()

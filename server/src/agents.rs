@@ -268,7 +268,7 @@ async fn send(socket: &mut WebSocket, message: &ServerMessage) -> anyhow::Result
 async fn welcome(app: &AppState, row: &WeaverRow) -> anyhow::Result<ServerMessage> {
     let env = app.secrets.open(&row.id.to_string(), &row.sealed_env).context("the weaver's environment")?;
     let start = StartSpec {
-        command: row.command.clone(),
+        command: row.command.as_ref().or(row.image_command.as_ref()).cloned(),
         env: serde_json::from_slice(&env)?,
         repo: row.repo.clone(),
         branch: row.branch.clone(),

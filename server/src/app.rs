@@ -22,12 +22,13 @@ use crate::{
     api,
     config::{Backend, Config},
     events::Events,
-    provision::{Provisioner, local::Local},
+    provision::{Provisioner, kubernetes::Kubernetes, local::Local},
     reconcile::{Reconciler, deadlines},
     relay::Relay,
     secrets::Secrets,
     store::Store,
     streams::Streams,
+    tls::TlsListener,
 };
 
 /// Weavers that wait to be looked at; who finds it full waits.
@@ -73,10 +74,15 @@ impl std::ops::Deref for AppState {
     }
 }
 
+enum Listener {
+    Plain(TcpListener),
+    Tls(TlsListener),
+}
+
 /// A server that is ready to serve.
 pub struct App {
     state: AppState,
-    listener: TcpListener,
+    listener: Listener,
     tasks: JoinSet<()>,
 }
 
@@ -100,12 +106,25 @@ impl App {
             .await
             .with_context(|| format!("listening at {}; is another server running there?", config.listen))?;
         let address = listener.local_addr()?;
-        let own_url = format!("http://{address}");
-        let url = config.public_url.clone().unwrap_or_else(|| own_url.clone());
+        let url = match (&config.public_url, &config.tls) {
+            (Some(url), _) => url.clone(),
+            (None, Some(_)) => format!("https://{address}"),
+            (None, None) => format!("http://{address}"),
+        };
+        // A certificate is for the public name.
+        let own_url = if config.tls.is_some() { url.clone() } else { format!("http://{address}") };
+        let listener = match &config.tls {
+            Some(tls) => Listener::Tls(TlsListener::new(listener, &tls.certificate, &tls.key)?),
+            None => Listener::Plain(listener),
+        };
 
         let (changes, changed) = mpsc::channel(QUEUE);
         let provisioner: Arc<dyn Provisioner> = match config.backend {
             Backend::Local => Arc::new(Local::start(&config, own_url, changes.clone()).await?),
+            Backend::Kubernetes => {
+                let settings = config.kubernetes.clone().context("the Kubernetes backend has no settings")?;
+                Arc::new(Kubernetes::start(settings, changes.clone()).await?)
+            }
         };
         for warning in provisioner.warnings() {
             tracing::warn!("{} backend: {warning}", provisioner.name());
@@ -151,11 +170,17 @@ impl App {
             agents.agents.go_away();
             stopping.cancel();
         };
-        let listener = axum::serve::ListenerExt::tap_io(self.listener, |stream| {
-            // Small frames must not wait for each other; a socket without this works too.
-            let _ = stream.set_nodelay(true);
-        });
-        let serving = axum::serve(listener, api::router(self.state.clone())).with_graceful_shutdown(until);
+        let router = api::router(self.state.clone());
+        let serving = match self.listener {
+            Listener::Plain(listener) => {
+                let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
+                    // Small frames must not wait for each other; a socket without this works too.
+                    let _ = stream.set_nodelay(true);
+                });
+                axum::serve(listener, router).with_graceful_shutdown(until).into_future()
+            }
+            Listener::Tls(listener) => axum::serve(listener, router).with_graceful_shutdown(until).into_future(),
+        };
         let drained = {
             let stopping = self.state.stopping.clone();
             async move {

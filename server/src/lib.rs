@@ -21,3 +21,4 @@ pub mod relay;
 pub mod secrets;
 pub mod store;
 pub mod streams;
+pub mod tls;

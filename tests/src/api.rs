@@ -49,6 +49,7 @@ impl System {
         headers: &[&str],
     ) -> Result<Answer> {
         let mut curl = Command::new("curl");
+        curl.envs(self.environment());
         curl.args(["-sS", "--noproxy", "*", "--max-time", "30", "--write-out", "\n%{http_code}", "--config", "-"]);
         curl.args(["--request", method, &format!("{}{path}", self.url())]);
         for header in headers {

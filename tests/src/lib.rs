@@ -8,10 +8,14 @@
 //! Everything is driven through the real binaries; nothing here links the product's code.
 
 pub mod api;
+pub mod cluster;
+pub mod git;
+pub mod namespace;
 pub mod postgres;
 pub mod processes;
 pub mod system;
 pub mod terminal;
+pub mod tools;
 pub mod wait;
 pub mod wireguard_go;
 

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{System, Weaver};
+use crate::{System, Weaver, cluster::registry};
 
 /// PostgreSQL's own port.
 pub const PORT: u16 = 5432;
@@ -20,6 +20,18 @@ pg_ctl --pgdata "$HOME/pg" --log "$HOME/pg.log" --wait \
 "#;
 
 impl System {
+    /// Makes a weaver from an image with PostgreSQL in it, where there are images; it does not run yet.
+    ///
+    /// # Errors
+    ///
+    /// When it is not made.
+    pub fn new_weaver_with_postgres(&self) -> Result<Weaver> {
+        match self.namespace() {
+            None => self.new_weaver(&[]),
+            Some(_) => self.new_weaver(&["--image", &registry::image("postgres"), "--", "/bin/bash"]),
+        }
+    }
+
     /// Starts PostgreSQL in a weaver, over `loom ssh`.
     ///
     /// # Errors

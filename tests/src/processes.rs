@@ -64,6 +64,21 @@ pub fn memory(pid: i32) -> Option<Memory> {
 #[must_use]
 pub fn belonging_to(directory: &Path) -> Vec<Process> {
     let needle = directory.to_string_lossy().into_owned();
+    live(|pid, arguments| {
+        let works_there = fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|current| current.starts_with(directory));
+        works_there
+            || arguments.iter().any(|argument| argument.contains(&needle))
+            || ["environ", "mountinfo"].iter().any(|name| read(pid, name).contains(needle.as_str()))
+    })
+}
+
+/// All live processes that have the variable, given as `NAME=VALUE`, in their environment.
+#[must_use]
+pub fn with_variable(variable: &str) -> Vec<Process> {
+    live(|pid, _| read(pid, "environ").split('\0').any(|own| own == variable))
+}
+
+fn live(mut wanted: impl FnMut(i32, &[String]) -> bool) -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let own = std::process::id().cast_signed();
     entries
@@ -71,21 +86,16 @@ pub fn belonging_to(directory: &Path) -> Vec<Process> {
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| *pid != own)
         .filter_map(|pid| {
-            let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
-            let arguments = read("cmdline");
+            let arguments = read(pid, "cmdline");
             if arguments.is_empty() {
                 return None; // a kernel thread, or a zombie that waits for its parent
             }
-            let arguments: Vec<String> =
-                arguments.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned()).collect();
-            let works_there =
-                fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|current| current.starts_with(directory));
-            let named = works_there
-                || arguments.iter().any(|argument| argument.contains(&needle))
-                || ["environ", "mountinfo"]
-                    .iter()
-                    .any(|name| String::from_utf8_lossy(&read(name)).contains(needle.as_str()));
-            named.then_some(Process { pid, arguments })
+            let arguments: Vec<String> = arguments.split('\0').map(str::to_owned).collect();
+            wanted(pid, &arguments).then_some(Process { pid, arguments })
         })
         .collect()
+}
+
+fn read(pid: i32, name: &str) -> String {
+    String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default()).into_owned()
 }

@@ -1,4 +1,5 @@
-//! One whole Loom on this machine: a real server with the local backend, and the real command line.
+//! One whole Loom on this machine: a real server, with the local backend or in front of a real cluster, and the real
+//! command line.
 
 use std::{
     fs,
@@ -14,9 +15,13 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{
+    namespace::Namespace,
     processes::{self, Process},
     wait::eventually,
 };
+
+/// Says which backend [`System::start`] uses, so that the same tests run on both: `local` or `kubernetes`.
+pub const BACKEND: &str = "LOOM_TEST_BACKEND";
 
 /// For anything that should take a moment: far more than it needs, so that only a fault meets it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,8 +31,11 @@ pub struct System {
     directory: tempfile::TempDir,
     binaries: PathBuf,
     server: Option<Child>,
-    url: String,
+    /// Where the server listens, once it does; it comes back there.
+    listen: String,
     settings: Vec<(String, String)>,
+    /// The namespace of the weavers, when they are pods.
+    namespace: Option<Namespace>,
     keep: bool,
 }
 
@@ -65,7 +73,18 @@ impl System {
     ///
     /// As [`System::start`].
     pub fn start_logged_out(settings: &[(&str, &str)]) -> Result<Self> {
-        Self::start_from(&built_binaries()?, settings)
+        Self::prepare(&built_binaries()?, settings, Namespace::wanted(std::env::var(BACKEND).ok().as_deref())?)
+    }
+
+    /// Starts a server in front of the cluster, whatever the environment says, and logs its administrator in.
+    ///
+    /// # Errors
+    ///
+    /// As [`System::start`], and when there is no cluster.
+    pub fn start_on_kubernetes(settings: &[(&str, &str)]) -> Result<Self> {
+        let system = Self::prepare(&built_binaries()?, settings, Namespace::wanted(Some("kubernetes"))?)?;
+        system.login_with_token()?;
+        Ok(system)
     }
 
     /// The same with binaries from a given directory.
@@ -74,18 +93,23 @@ impl System {
     ///
     /// As [`System::start`].
     pub fn start_from(binaries: &Path, settings: &[(&str, &str)]) -> Result<Self> {
+        Self::prepare(binaries, settings, None)
+    }
+
+    fn prepare(binaries: &Path, settings: &[(&str, &str)], namespace: Option<Namespace>) -> Result<Self> {
         for name in ["loom", "loom-server", "loom-agent"] {
             ensure!(binaries.join(name).exists(), "{name} is not in {}: run `cargo xtask test`", binaries.display());
         }
         // Short, because the path of a unix socket holds about a hundred bytes.
         let directory = tempfile::Builder::new().prefix("loom-").tempdir_in("/tmp")?;
-        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let mut system = Self {
             directory,
             binaries: binaries.to_owned(),
             server: None,
-            url: "127.0.0.1:0".to_owned(),
-            settings,
+            listen: "127.0.0.1:0".to_owned(),
+            settings: Vec::new(),
+            namespace,
             keep: false,
         };
         // The server's data must be traversable for the unprivileged user that weavers run as.
@@ -94,6 +118,13 @@ impl System {
             fs::create_dir(system.path(private))?;
             set_mode(system.path(private), 0o700)?;
         }
+        if let Some(namespace) = &system.namespace {
+            let port = free_port()?;
+            system.listen = format!("0.0.0.0:{port}");
+            system.settings = namespace.server_settings(system.directory.path(), port)?;
+        }
+        // What a test asks for counts more than what it has anyway.
+        system.settings.extend(settings);
         system.start_server()?;
         Ok(system)
     }
@@ -106,8 +137,17 @@ impl System {
 
     /// The server's address.
     #[must_use]
-    pub fn url(&self) -> &str {
-        &self.url
+    pub fn url(&self) -> String {
+        match self.namespace {
+            None => format!("http://{}", self.listen),
+            Some(_) => format!("https://{}", self.listen.replace("0.0.0.0", "127.0.0.1")),
+        }
+    }
+
+    /// The namespace of the weavers, when they are pods.
+    #[must_use]
+    pub const fn namespace(&self) -> Option<&Namespace> {
+        self.namespace.as_ref()
     }
 
     /// The administrator's sign-in token, from the file that the server wrote at its first start.
@@ -124,12 +164,17 @@ impl System {
     #[must_use]
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         let directory = |name| self.path(name).to_string_lossy().into_owned();
-        vec![
+        let mut environment = vec![
             ("XDG_CONFIG_HOME", directory("config")),
             ("XDG_STATE_HOME", directory("state")),
             ("XDG_RUNTIME_DIR", directory("runtime")),
-            ("LOOM_SERVER_URL", self.url.clone()),
-        ]
+            ("LOOM_SERVER_URL", self.url()),
+        ];
+        if self.namespace.is_some() {
+            // The test's own authority signed the server's certificate.
+            environment.extend(["SSL_CERT_FILE", "CURL_CA_BUNDLE"].map(|name| (name, directory("pki/ca.crt"))));
+        }
+        environment
     }
 
     /// The real `loom` with `arguments`, in the user's environment.
@@ -234,16 +279,60 @@ impl System {
         self.path("data/weavers").join(weaver.id.trim_start_matches("W-"))
     }
 
-    /// The weaver's sidecar process.
+    /// The weaver's sidecar process, on this machine or in the container on its node, which is this machine.
     ///
     /// # Errors
     ///
     /// When there is none within a while.
     pub fn sidecar(&self, weaver: &Weaver) -> Result<Process> {
-        let directory = self.weaver_directory(weaver);
         eventually("the weaver's sidecar", PATIENCE, || {
-            Ok(processes::belonging_to(&directory).into_iter().find(|process| process.has("sidecar")))
+            let variable = format!("LOOM_WEAVER_ID={}", weaver.id);
+            Ok(processes::with_variable(&variable).into_iter().find(|process| process.has("sidecar")))
         })
+    }
+
+    /// Whether a weaver has left anything: its directory, or its pod.
+    ///
+    /// # Errors
+    ///
+    /// When the cluster does not say.
+    pub fn has_left_something(&self, weaver: &Weaver) -> Result<bool> {
+        match &self.namespace {
+            None => Ok(self.weaver_directory(weaver).exists()),
+            Some(namespace) => Ok(namespace.pod_uid(weaver)?.is_some()),
+        }
+    }
+
+    /// Ends a weaver's pod behind the server's back.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn kill_pod(&self, weaver: &Weaver) -> Result<()> {
+        if let Some(namespace) = &self.namespace {
+            return namespace.delete_pod(weaver);
+        }
+        let supervisor = processes::belonging_to(&self.weaver_directory(weaver))
+            .into_iter()
+            .find(|process| process.arguments.iter().any(|argument| argument == "local-pod"))
+            .context("a supervisor")?;
+        supervisor.kill();
+        Ok(())
+    }
+
+    /// What tells a weaver's pod from another one in its place.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn pod_identity(&self, weaver: &Weaver) -> Result<String> {
+        match &self.namespace {
+            None => {
+                let processes = processes::belonging_to(&self.weaver_directory(weaver));
+                Ok(format!("{:?}", processes.iter().map(|process| process.pid).collect::<Vec<_>>()))
+            }
+            Some(namespace) => namespace.pod_uid(weaver)?.context("the weaver has no pod"),
+        }
     }
 
     /// The user's background daemon, if it runs.
@@ -278,7 +367,7 @@ impl System {
         let mut command = Command::new(self.binaries.join("loom-server"));
         command
             .args(["--data-dir", &self.path("data").to_string_lossy()])
-            .args(["--listen", self.url.trim_start_matches("http://")])
+            .args(["--listen", &self.listen])
             .envs(self.settings.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -291,7 +380,7 @@ impl System {
             }
             Ok(fs::read_to_string(&listen_file).ok().filter(|text| !text.is_empty()))
         })?;
-        self.url = format!("http://{}", address.trim());
+        address.trim().clone_into(&mut self.listen);
         self.server = Some(server);
         Ok(())
     }
@@ -325,8 +414,11 @@ impl System {
         for weaver in weavers.as_array().into_iter().flatten() {
             self.run(&["delete", "--yes", weaver["id"].as_str().unwrap_or_default()])?;
         }
-        eventually("the weavers' directories to be removed", PATIENCE, || {
-            let left = fs::read_dir(self.path("data/weavers")).map_or(0, Iterator::count);
+        eventually("the weavers' directories and pods to be removed", PATIENCE, || {
+            let left = match &self.namespace {
+                None => fs::read_dir(self.path("data/weavers")).map_or(0, Iterator::count),
+                Some(namespace) => namespace.pods()?.len(),
+            };
             Ok((left == 0).then_some(()))
         })?;
         if let Some(daemon) = self.daemon() {
@@ -400,6 +492,15 @@ fn built_binaries() -> Result<PathBuf> {
         directory.pop();
     }
     Ok(directory)
+}
+
+/// A port of this machine that nobody uses now.
+///
+/// # Errors
+///
+/// When there is none.
+pub fn free_port() -> Result<u16> {
+    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 fn set_mode(path: impl AsRef<Path>, mode: u32) -> Result<()> {

@@ -6,14 +6,13 @@ use std::{
     fmt::Write as _,
     io::{BufRead as _, BufReader, Write as _},
     os::unix::net::UnixStream,
-    path::PathBuf,
     process::{Child, Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{System, Weaver, system::PATIENCE, system::output_with_input, wait::eventually};
+use crate::{System, Weaver, system::PATIENCE, system::output_with_input, tools, wait::eventually};
 
 /// A running wireguard-go with one peer. Its interface goes with it.
 pub struct WireGuardGo {
@@ -51,7 +50,7 @@ impl WireGuardGo {
         let peer_address = text("peer_address")?.to_owned();
 
         let interface = format!("loomwg{}", std::process::id() % 100_000);
-        let process = Command::new(binary()?)
+        let process = Command::new(tools::find("wireguard")?)
             .args(["-f", &interface])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -125,6 +124,7 @@ impl KeyPair {
 /// `POST /api/weavers/ID/tunnel`, as another program than ours would.
 fn open_tunnel(system: &System, weaver: &Weaver, public_key: &str) -> Result<Value> {
     let mut curl = Command::new("curl");
+    curl.envs(system.environment());
     curl.args(["-sS", "--fail-with-body", "--noproxy", "*", "--config", "-"]);
     // By standard input, so that the token stands in no process list.
     let config = format!(
@@ -136,24 +136,6 @@ fn open_tunnel(system: &System, weaver: &Weaver, public_key: &str) -> Result<Val
     let output = output_with_input(curl, config.as_bytes())?;
     ensure!(output.status.success(), "opening a tunnel: {}", String::from_utf8_lossy(&output.stdout));
     Ok(serde_json::from_slice(&output.stdout)?)
-}
-
-/// Where `cargo xtask test` builds wireguard-go.
-///
-/// # Errors
-///
-/// When it is not there.
-pub fn binary() -> Result<PathBuf> {
-    let mut directory = std::env::current_exe()?;
-    let target = loop {
-        ensure!(directory.pop(), "the test does not run from a target directory");
-        if directory.join("tools").is_dir() {
-            break directory;
-        }
-    };
-    let binary = target.join("tools/wireguard");
-    ensure!(binary.exists(), "{} is missing: run `cargo xtask test`", binary.display());
-    Ok(binary)
 }
 
 fn encode(bytes: &[u8]) -> Result<String> {

@@ -2,44 +2,19 @@
 
 use std::{
     fs,
-    path::Path,
     process::Command,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, eventually, processes, system::PATIENCE};
-
-/// A git repository with the branches `main` and `feature`.
-fn repository(at: &Path) -> Result<String> {
-    fs::create_dir(at)?;
-    let git = |arguments: &[&str]| -> Result<()> {
-        let status = Command::new("git")
-            .args(["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main"])
-            .args(["-c", "safe.directory=*"])
-            .args(arguments)
-            .current_dir(at)
-            .stdout(std::process::Stdio::null())
-            .status()?;
-        ensure!(status.success(), "git {arguments:?}");
-        Ok(())
-    };
-    git(&["init", "-q"])?;
-    fs::write(at.join("README"), "on main\n")?;
-    git(&["add", "."])?;
-    git(&["commit", "-q", "-m", "first"])?;
-    git(&["checkout", "-q", "-b", "feature"])?;
-    fs::write(at.join("README"), "on feature\n")?;
-    git(&["commit", "-q", "-a", "-m", "second"])?;
-    git(&["checkout", "-q", "main"])?;
-    Ok(format!("file://{}", at.display()))
-}
+use anyhow::{Context as _, Result};
+use loom_tests::{System, cluster::registry, eventually, git::Repository, processes, system::PATIENCE};
 
 #[test]
 fn a_weaver_holds_the_repository_and_leaves_no_trace() -> Result<()> {
     let system = System::start()?;
-    let url = repository(&system.path("project"))?;
-    let weaver = system.new_weaver(&["--name", "work", "--repo", &url, "--branch", "feature", "-e", "COLOUR=green"])?;
+    let repository = Repository::serve(&system)?;
+    let url = repository.url();
+    let weaver = system.new_weaver(&["--name", "work", "--repo", url, "--branch", "feature", "-e", "COLOUR=green"])?;
     assert_eq!(
         system.run(&["exec", "work", "--", "sh", "-c", "cat README; echo $COLOUR; pwd"])?,
         "on feature\ngreen\n/workspace/project\n"
@@ -71,8 +46,11 @@ fn a_weaver_holds_the_repository_and_leaves_no_trace() -> Result<()> {
     assert!(!String::from_utf8_lossy(&database).contains("COLOUR"), "the environment is sealed at rest");
 
     system.run(&["delete", "--yes", "work"])?;
-    assert_eq!(system.output(&["exec", &weaver.id, "--", "true"])?.status.code(), Some(255));
+    eventually("the weaver to be closed", Duration::from_secs(2), || {
+        Ok((system.output(&["exec", &weaver.id, "--", "true"])?.status.code() == Some(255)).then_some(()))
+    })?;
     assert_eq!(system.output(&["logs", &weaver.id])?.status.code(), Some(6), "a deleted weaver is gone, not unknown");
+    drop(repository);
     system.stop()
 }
 
@@ -84,14 +62,12 @@ fn a_weaver_ends_on_the_second_and_extending_moves_that() -> Result<()> {
     system.run(&["extend", &other.id, "1"])?;
     let described = system.describe(&weaver)?;
     let created = described["created_at"].as_str().context("created_at")?.to_owned();
-    let directory = system.weaver_directory(&weaver);
-    eventually("the weaver's directory to go", PATIENCE, || Ok((!directory.exists()).then_some(())))?;
-    let gone = SystemTime::now();
-    let created = epoch_seconds(&created)?;
-    let lived = gone.duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64() - created;
-    assert!((8.0..11.0).contains(&lived), "it lived {lived:.1} s of 8");
-    let kinds = system.run(&["events", &weaver.id, "--json"])?;
-    assert!(kinds.contains("expired"), "{kinds}");
+    eventually("the weaver to be gone", PATIENCE, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
+    let events = system.json(&["events", &weaver.id, "--json"])?;
+    let expired = events.as_array().into_iter().flatten().find(|event| event["kind"] == "expired");
+    let expired = expired.and_then(|event| event["at"].as_str()).context("no event says that it expired")?;
+    let lived = epoch_seconds(expired)? - epoch_seconds(&created)?;
+    assert!((8.0..9.0).contains(&lived), "it lived {lived:.3} s of 8");
     assert_eq!(system.describe(&other)?["status"], "Running", "the extended one lives on");
 
     let output = system.output(&["extend", &other.id, "47"])?;
@@ -109,8 +85,9 @@ fn epoch_seconds(time: &str) -> Result<f64> {
 #[test]
 fn a_failed_clone_is_a_failed_weaver_with_the_reason() -> Result<()> {
     let system = System::start()?;
-    let url = repository(&system.path("project"))?;
-    let output = system.output(&["new", "--no-attach", "--repo", &url, "--branch", "absent"])?;
+    let repository = Repository::serve(&system)?;
+    let url = repository.url();
+    let output = system.output(&["new", "--no-attach", "--repo", url, "--branch", "absent"])?;
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("absent"), "{output:?}");
 
@@ -118,6 +95,7 @@ fn a_failed_clone_is_a_failed_weaver_with_the_reason() -> Result<()> {
     let output = system.output(&["new", "--no-attach", "--repo", &missing])?;
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("clone"), "{output:?}");
+    drop(repository);
     system.stop()
 }
 
@@ -129,7 +107,6 @@ fn nonsense_is_refused_with_a_reason_and_changes_nothing() -> Result<()> {
         (&["new", "--no-attach", "--ttl", "-1"], 2, "ttl"),
         (&["new", "--no-attach", "--ttl", "NaN"], 2, "ttl"),
         (&["new", "--no-attach", "--image", "UPPER case"], 1, "image"),
-        (&["new", "--no-attach", "--image", "python:3.12"], 1, "image"),
         (&["new", "--no-attach", "--name", "Not_a_label"], 1, "name"),
         (&["new", "--no-attach", "--repo", "--upload-pack=x"], 2, "repo"),
         (&["new", "--no-attach", "--repo", "ext::sh -c id"], 1, "repo"),
@@ -149,23 +126,29 @@ fn nonsense_is_refused_with_a_reason_and_changes_nothing() -> Result<()> {
 }
 
 #[test]
+fn an_image_that_is_not_there_is_said_so_at_once() -> Result<()> {
+    let system = System::start()?;
+    let image = registry::image("absent");
+    let start = Instant::now();
+    let output = system.output(&["new", "--no-attach", "--image", &image])?;
+    assert_eq!(output.status.code(), Some(1));
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(errors.contains(&image) && !errors.contains("Pending"), "{errors}");
+    assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
+    system.stop()
+}
+
+#[test]
 fn a_pod_whose_processes_are_killed_becomes_a_failed_weaver_with_a_reason() -> Result<()> {
     let system = System::start()?;
     let weaver = system.new_weaver(&[])?;
-    let directory = system.weaver_directory(&weaver);
-    let supervisor = processes::belonging_to(&directory)
-        .into_iter()
-        .find(|process| process.arguments.iter().any(|argument| argument == "local-pod"))
-        .context("a supervisor")?;
-    supervisor.kill();
+    system.kill_pod(&weaver)?;
     let described = eventually("the weaver to be Failed", PATIENCE, || {
         let described = system.describe(&weaver)?;
         Ok((described["status"] == "Failed").then_some(described))
     })?;
     assert!(described["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{described}");
-    eventually("its processes to go", Duration::from_secs(20), || {
-        Ok(processes::belonging_to(&directory).is_empty().then_some(()))
-    })?;
+    eventually("what is left of it to go", PATIENCE, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
     system.stop()
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use loom_tests::{System, eventually, processes, system::PATIENCE, terminal::Terminal};
+use loom_tests::{System, eventually, system::PATIENCE, terminal::Terminal};
 
 #[test]
 fn a_killed_server_breaks_neither_ssh_nor_attach() -> Result<()> {
@@ -34,9 +34,9 @@ fn a_killed_server_breaks_neither_ssh_nor_attach() -> Result<()> {
 fn a_server_that_stops_politely_leaves_the_weavers_running() -> Result<()> {
     let mut system = System::start()?;
     let weaver = system.new_weaver(&[])?;
-    let before = processes::belonging_to(&system.weaver_directory(&weaver)).len();
+    let before = system.pod_identity(&weaver)?;
     system.stop_server()?;
-    assert_eq!(processes::belonging_to(&system.weaver_directory(&weaver)).len(), before);
+    assert_eq!(system.pod_identity(&weaver)?, before);
     system.start_server()?;
     eventually("the weaver to be reachable again", PATIENCE, || {
         Ok(system.output(&["exec", &weaver.id, "--", "true"])?.status.success().then_some(()))
@@ -74,8 +74,8 @@ fn a_server_killed_while_a_weaver_is_made_finishes_it_later() -> Result<()> {
     let mut creating =
         system.loom(&["new", "--no-attach", "--name", "early"]).stderr(std::process::Stdio::null()).spawn()?;
     eventually("the weaver's row", PATIENCE, || {
-        let directory = system.path("data/weavers");
-        Ok(std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some()).then_some(()))
+        let list = system.json(&["ps", "--json"])?;
+        Ok(list.as_array().is_some_and(|list| !list.is_empty()).then_some(()))
     })?;
     system.kill_server()?;
     let _ = creating.kill();

@@ -7,12 +7,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, eventually, postgres, system::PATIENCE, terminal::Terminal};
+use loom_tests::{
+    System, eventually, postgres,
+    system::{PATIENCE, free_port},
+    terminal::Terminal,
+};
 
 #[test]
 fn psql_reaches_a_database_that_listens_on_the_weavers_localhost_only() -> Result<()> {
     let system = System::start()?;
-    let weaver = system.new_weaver(&[])?;
+    let weaver = system.new_weaver_with_postgres()?;
     system.start_postgres(&weaver)?;
     system.run(&["tunnel", "up", &weaver.id])?;
     let address = system.local_address(&weaver)?;
@@ -81,7 +85,7 @@ fn forwards_and_socks_reach_any_port_and_a_closed_one_is_refused() -> Result<()>
 
 #[test]
 fn without_udp_the_relay_carries_everything_and_its_restart_breaks_nothing() -> Result<()> {
-    let mut system = System::start_with(&[("LOOM_SERVER_LOCAL_AGENT_UDP", "off")])?;
+    let mut system = System::start_with(&[("LOOM_SERVER_AGENT_UDP", "off")])?;
     let weaver = system.new_weaver(&[])?;
     let output = system.output_with_input(&["exec", &weaver.id, "--", "wc", "-c"], &vec![b'x'; 5_000_000])?;
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "5000000");
@@ -115,9 +119,4 @@ fn two_commands_share_one_daemon_that_ends_cleanly() -> Result<()> {
     let again = system.daemon().context("a daemon")?;
     assert_ne!(again.pid, daemon.pid);
     system.stop()
-}
-
-/// A port of this machine that nobody uses now.
-fn free_port() -> Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

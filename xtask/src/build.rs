@@ -12,8 +12,8 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask/ stands in the repository")
 }
 
-/// Runs cargo in the repository.
-pub(crate) fn cargo(arguments: &[&str]) -> Result<()> {
+/// Runs cargo in the repository, with more variables in its environment.
+pub(crate) fn cargo(arguments: &[&str], env: &[(&str, &str)]) -> Result<()> {
     eprintln!("$ cargo {}", arguments.join(" "));
     let mut command = Command::new(env!("CARGO"));
     // What cargo told this program of itself would be news to build scripts, and have them run again.
@@ -22,7 +22,8 @@ pub(crate) fn cargo(arguments: &[&str]) -> Result<()> {
             command.env_remove(name);
         }
     }
-    let status = command.args(arguments).current_dir(root()).status().context("starting cargo")?;
+    let status =
+        command.args(arguments).envs(env.iter().copied()).current_dir(root()).status().context("starting cargo")?;
     ensure!(status.success(), "cargo {} failed", arguments.join(" "));
     Ok(())
 }
@@ -33,7 +34,7 @@ pub(crate) fn binaries(release: bool) -> Result<PathBuf> {
     if release {
         arguments.push("--release");
     }
-    cargo(&arguments)?;
+    cargo(&arguments, &[])?;
     // This program runs from the directory of the profile that it was built with: target/<host>/debug.
     let running = std::env::current_exe()?;
     let host = running.parent().and_then(Path::parent).context("xtask does not run from a target directory")?;

@@ -2,7 +2,10 @@
 
 mod bench;
 mod build;
+mod cluster;
 mod demo;
+mod images;
+mod oci;
 mod test;
 mod tools;
 
@@ -19,6 +22,11 @@ enum Command {
     Test(test::Options),
     /// Measures what docs/benchmarks.md reports.
     Bench(bench::Options),
+    /// A real Kubernetes on this machine, as the tests use it.
+    #[command(subcommand)]
+    Cluster(cluster::Command),
+    /// Builds an image as an OCI archive, without Docker.
+    Image(images::Options),
 }
 
 fn main() -> Result<()> {
@@ -26,5 +34,7 @@ fn main() -> Result<()> {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Cluster(command) => cluster::run(&command),
+        Command::Image(options) => images::run(&options),
     }
 }

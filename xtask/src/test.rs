@@ -1,25 +1,84 @@
 //! `cargo xtask test`: every test of the repository.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::Args;
+use loom_tests::{cluster::Cluster, system::BACKEND};
 
-use crate::{build, tools};
+use crate::{build, cluster, tools};
+
+/// The end-to-end tests of what users do, which run on both backends.
+const BOTH: [&str; 6] = ["attach", "interop", "lifecycle", "resilience", "ssh", "tunnel"];
+/// Names the cluster for the tests; when it is not set, they get one of their own.
+const KUBECONFIG: &str = "KUBECONFIG";
 
 /// Runs all tests.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Only end-to-end tests whose names contain this.
+    /// Only tests whose names contain this.
     filter: Option<String>,
+    /// Leaves out what needs a Kubernetes cluster, which only an administrator can start.
+    #[arg(long)]
+    no_cluster: bool,
 }
 
 /// Installs, builds, tests.
 pub(crate) fn run(options: &Options) -> Result<()> {
     tools::for_tests()?;
     build::binaries(false)?;
-    if let Some(filter) = &options.filter {
-        return build::cargo(&["test", "--workspace", "--tests", "--", filter]);
+    let filter = options.filter.as_deref();
+    let end_to_end = |names: &[&'static str]| {
+        [
+            &["test", "--package", "loom-tests"],
+            names.iter().flat_map(|name| ["--test", *name]).collect::<Vec<_>>().as_slice(),
+        ]
+        .concat()
+    };
+    if options.no_cluster {
+        test(&["test", "--workspace", "--exclude", "loom-tests"], filter, &[])?;
+        test(&end_to_end(&[&BOTH[..], &["api"]].concat()), filter, &[])?;
+    } else {
+        let running = OwnCluster::unless_named()?;
+        let kubeconfig = running.kubeconfig.to_string_lossy();
+        test(&["test", "--workspace"], filter, &[(KUBECONFIG, &kubeconfig)])?;
+        test(&end_to_end(&BOTH), filter, &[(KUBECONFIG, &kubeconfig), (BACKEND, "kubernetes")])?;
     }
-    build::cargo(&["test", "--workspace"])?;
     // The simulator stops the clock, which no binary may be built with: a run of its own.
-    build::cargo(&["test", "--package", "loom-tunnel", "--features", "simulated-time", "--test", "simulation"])
+    test(&["test", "--package", "loom-tunnel", "--features", "simulated-time", "--test", "simulation"], filter, &[])
+}
+
+fn test(arguments: &[&str], filter: Option<&str>, env: &[(&str, &str)]) -> Result<()> {
+    let mut arguments = arguments.to_vec();
+    if let Some(filter) = filter {
+        if !arguments.contains(&"--test") {
+            arguments.push("--tests");
+        }
+        arguments.extend(["--", filter]);
+    }
+    build::cargo(&arguments, env)
+}
+
+/// A cluster for the tests, ended when dropped if it was started for them.
+struct OwnCluster {
+    kubeconfig: PathBuf,
+    started: Option<Cluster>,
+}
+
+impl OwnCluster {
+    fn unless_named() -> Result<Self> {
+        if let Some(kubeconfig) = std::env::var_os(KUBECONFIG).filter(|path| !path.is_empty()) {
+            return Ok(Self { kubeconfig: kubeconfig.into(), started: None });
+        }
+        let cluster = cluster::up()?;
+        Ok(Self { kubeconfig: cluster.kubeconfig(), started: Some(cluster) })
+    }
+}
+
+impl Drop for OwnCluster {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.started.as_ref().map(Cluster::down) {
+            eprintln!("the cluster could not be removed: {error:#}");
+        }
+    }
 }

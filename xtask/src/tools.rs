@@ -1,6 +1,9 @@
 //! Programs of others that the demo and the tests use, installed when they are missing.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -9,7 +12,11 @@ use crate::build;
 /// wireguard-go, the foreign peer of the interoperability test, at a version that is known to work.
 const WIREGUARD_GO: &str = "golang.zx2c4.com/wireguard@v0.0.0-20260522210424-ecfc5a8d5446";
 
-/// A program, the Debian package that holds it, and other places where the package puts it.
+/// What the version in tests/cluster/go.mod calls itself.
+const KUBERNETES: &str = "v1.36.3";
+
+/// A program (by its path, when it is on nobody's), the Debian package that holds it, and other places where the package
+/// puts it.
 struct Tool {
     program: &'static str,
     package: &'static str,
@@ -37,6 +44,21 @@ const TESTS: &[Tool] = &[
     tool("python3", "python3"),
 ];
 
+/// What the cluster and the images need besides.
+const CLUSTER: &[Tool] = &[
+    tool("containerd", "containerd"),
+    tool("runc", "runc"),
+    tool("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    tool("iptables", "iptables"),
+    tool("ip", "iproute2"),
+    tool("openssl", "openssl"),
+    tool("docker-registry", "docker-registry"),
+    tool("skopeo", "skopeo"),
+    tool("mmdebstrap", "mmdebstrap"),
+    tool("/bin/busybox", "busybox-static"),
+    tool("strip", "binutils"),
+];
+
 /// Installs what the demo needs.
 pub(crate) fn for_demo() -> Result<()> {
     install(DEMO)
@@ -47,6 +69,17 @@ pub(crate) fn for_tests() -> Result<()> {
     install(DEMO)?;
     install(TESTS)?;
     wireguard_go()
+}
+
+/// Installs what the cluster and the images need, and builds Kubernetes.
+pub(crate) fn for_cluster() -> Result<()> {
+    install(CLUSTER)?;
+    kubernetes()
+}
+
+/// Where programs are kept that are built here.
+pub(crate) fn directory() -> PathBuf {
+    build::target().join("tools")
 }
 
 fn install(tools: &[Tool]) -> Result<()> {
@@ -70,7 +103,8 @@ fn install(tools: &[Tool]) -> Result<()> {
 
 impl Tool {
     fn is_there(&self) -> bool {
-        on_path(self.program)
+        is_file(Path::new(self.program))
+            || on_path(self.program)
             || std::fs::read_dir(self.directories).is_ok_and(|versions| {
                 versions.flatten().any(|version| version.path().join("bin").join(self.program).exists())
             })
@@ -79,14 +113,48 @@ impl Tool {
 
 /// Builds wireguard-go with the Go toolchain into `target/tools`.
 fn wireguard_go() -> Result<()> {
-    let directory = build::target().join("tools");
+    let directory = directory();
     if directory.join("wireguard").exists() {
         return Ok(());
     }
-    ensure!(on_path("go"), "Go (1.23 or newer, https://go.dev/dl) is needed to build wireguard-go for the tests");
+    need_go("wireguard-go")?;
     eprintln!("building wireguard-go");
     std::fs::create_dir_all(&directory)?;
     run(Command::new("go").args(["install", WIREGUARD_GO]).env("GOBIN", &directory).env("CGO_ENABLED", "0"))
+}
+
+/// Builds Kubernetes, and the program that holds pods, from the Go module in `tests/cluster`; minutes at the first time.
+fn kubernetes() -> Result<()> {
+    let source = build::root().join("tests/cluster");
+    // Built again when the module changes.
+    let recipe = ["go.sum", "kube/main.go", "pause/main.go"]
+        .map(|name| std::fs::read_to_string(source.join(name)))
+        .into_iter()
+        .collect::<std::io::Result<String>>()?;
+    let recipe_file = directory().join("kube.recipe");
+    if directory().join("kube").exists() && std::fs::read_to_string(&recipe_file).is_ok_and(|earlier| earlier == recipe)
+    {
+        return Ok(());
+    }
+    need_go("Kubernetes")?;
+    eprintln!("building Kubernetes {KUBERNETES}: five minutes, once");
+    std::fs::create_dir_all(directory())?;
+    let version = "-X k8s.io/component-base/version";
+    let flags = format!("-s -w {version}.gitVersion={KUBERNETES} {version}.gitMajor=1 {version}.gitMinor=36");
+    for program in ["kube", "pause"] {
+        run(Command::new("go")
+            .args(["build", "-trimpath", "-ldflags", &flags, "-o"])
+            .arg(directory().join(program))
+            .arg(format!("./{program}"))
+            .current_dir(&source)
+            .env("CGO_ENABLED", "0"))?;
+    }
+    Ok(std::fs::write(recipe_file, recipe)?)
+}
+
+fn need_go(what: &str) -> Result<()> {
+    ensure!(on_path("go"), "Go (1.26 or newer, https://go.dev/dl) is needed to build {what} for the tests");
+    Ok(())
 }
 
 fn run(command: &mut Command) -> Result<()> {

@@ -11,9 +11,10 @@ use anyhow::{Context as _, bail, ensure};
 use loom_api::{WeaverId, client::Client};
 
 /// The variables that there are; another one that begins like them is a mistake.
-const KNOWN: [&str; 7] = [
+const KNOWN: [&str; 8] = [
     "LOOM_WEAVER_ID",
     "LOOM_SERVER_URL",
+    "LOOM_SERVER_CA",
     "LOOM_CREDENTIAL_FILE",
     "LOOM_RUN_DIR",
     "LOOM_WORKSPACE_DIR",
@@ -62,7 +63,8 @@ impl Config {
             |name: &str| get(name).filter(|value| !value.is_empty()).with_context(|| format!("{name} is not set"));
         Ok(Self {
             weaver: need("LOOM_WEAVER_ID")?.parse().context("LOOM_WEAVER_ID")?,
-            server: Client::new(need("LOOM_SERVER_URL")?, None).context("LOOM_SERVER_URL")?,
+            server: Client::trusting(need("LOOM_SERVER_URL")?, None, get("LOOM_SERVER_CA").unwrap_or_default())
+                .context("LOOM_SERVER_URL")?,
             credential_file: need("LOOM_CREDENTIAL_FILE")?.into(),
             run_dir: need("LOOM_RUN_DIR")?.into(),
             workspace_dir: need("LOOM_WORKSPACE_DIR")?.into(),

@@ -1,6 +1,7 @@
 //! Backends that run weavers. The reconciler asks for what should be, looks at what is, and repeats itself; so every
 //! method here may be called at any time and again.
 
+pub mod kubernetes;
 pub mod local;
 
 use async_trait::async_trait;
@@ -11,10 +12,19 @@ use loom_api::{Secret, WeaverId, weaver::ResourceSpec};
 pub struct PodSpec {
     /// The weaver; its pod is named by it.
     pub weaver: WeaverId,
-    /// The image.
+    /// The image, by its digest where that is known.
     pub image: String,
     /// What it may use.
     pub resources: ResourceSpec,
+}
+
+/// What an image's name stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedImage {
+    /// The image by its digest.
+    pub pinned: String,
+    /// What it runs: its ENTRYPOINT and CMD. Empty when it names nothing.
+    pub command: Vec<String>,
 }
 
 /// How far a pod is.
@@ -28,6 +38,14 @@ pub enum PodPhase {
     Succeeded,
     /// It could not be made, or ended otherwise.
     Failed,
+}
+
+impl PodPhase {
+    /// Whether the pod has ended.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed)
+    }
 }
 
 /// A pod as it is.
@@ -62,6 +80,13 @@ pub trait Provisioner: Send + Sync + 'static {
 
     /// What it cannot isolate here, in words; empty when nothing.
     fn warnings(&self) -> &[String];
+
+    /// Finds out what an image is; nothing on a backend without images.
+    ///
+    /// # Errors
+    ///
+    /// [`ProvisionError`].
+    async fn resolve(&self, image: &str) -> Result<Option<ResolvedImage>, ProvisionError>;
 
     /// Makes the pod of a weaver, or finds that it is there.
     ///

@@ -16,6 +16,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 use loom_api::{
     WeaverId,
+    agent::ServerMessage,
     weaver::{EventKind, WeaverStatus},
 };
 use tokio::{
@@ -157,8 +158,13 @@ pub async fn reconcile(app: &AppState, weaver: WeaverId) -> Result<()> {
         }
         None => make(app, &row).await,
         Some(pod) => match (pod.phase, pod.exit_code) {
-            // Also when it is there: so that it is watched.
-            (PodPhase::Pending | PodPhase::Running, _) => make_again(app, &row).await,
+            (phase @ (PodPhase::Pending | PodPhase::Running), _) => {
+                if let Some(reason) = pod.reason.filter(|_| phase == PodPhase::Pending) {
+                    note(app, &row, reason).await?;
+                }
+                // Also when it is there: so that it is watched.
+                Ok(app.provisioner.ensure(&pod_spec(&row)).await?)
+            }
             (_, Some(code)) if pod.reason.is_none() => end(app, weaver, End::Exited { code, tail: Vec::new() }).await,
             (_, _) => {
                 let reason = pod.reason.unwrap_or_else(|| "its pod failed".to_owned());
@@ -169,10 +175,16 @@ pub async fn reconcile(app: &AppState, weaver: WeaverId) -> Result<()> {
 }
 
 fn pod_spec(row: &WeaverRow) -> PodSpec {
-    PodSpec { weaver: row.id, image: row.image.clone(), resources: row.resources }
+    let image = row.pinned_image.as_ref().unwrap_or(&row.image).clone();
+    PodSpec { weaver: row.id, image, resources: row.resources }
 }
 
 async fn make(app: &AppState, row: &WeaverRow) -> Result<()> {
+    if row.pinned_image.is_none() && !resolve(app, row).await? {
+        // Its row was changed, which is looked at anew.
+        app.reconciler.ring(row.id).await;
+        return Ok(());
+    }
     match app.provisioner.ensure(&pod_spec(row)).await {
         Ok(()) => {
             app.events.write(row.id, EventKind::Started, "its processes have been started").await;
@@ -182,22 +194,58 @@ async fn make(app: &AppState, row: &WeaverRow) -> Result<()> {
         }
         Err(ProvisionError::Refused(reason)) => end(app, row.id, End::Failed { reason }).await,
         Err(error) => {
-            let reason = format!("it cannot be started yet: {error}");
-            if row.reason.as_deref() != Some(&reason) {
-                app.events.write(row.id, EventKind::Backend, reason.clone()).await;
-                let noted = |row: &mut WeaverRow| {
-                    row.reason = Some(reason.clone());
-                    true
-                };
-                app.store.change_weaver(row.id, noted).await?;
-            }
+            note(app, row, format!("it cannot be started yet: {error}")).await?;
             Err(error.into())
         }
     }
 }
 
-async fn make_again(app: &AppState, row: &WeaverRow) -> Result<()> {
-    Ok(app.provisioner.ensure(&pod_spec(row)).await?)
+/// Finds out what the image is, and writes it down before there is a pod: what a weaver runs must not change with the
+/// image's name. Whether the pod can be made from the row as it is.
+async fn resolve(app: &AppState, row: &WeaverRow) -> Result<bool> {
+    let image = match app.provisioner.resolve(&row.image).await {
+        Ok(Some(image)) => image,
+        Ok(None) => return Ok(true),
+        // Then the image need not say what it runs; whether there is one, the node will see.
+        Err(ProvisionError::Refused(reason)) if row.command.is_some() => {
+            tracing::info!(weaver = %row.id, "its image is not pinned: {reason}");
+            return Ok(true);
+        }
+        Err(ProvisionError::Refused(reason)) => {
+            end(app, row.id, End::Failed { reason }).await?;
+            return Ok(false);
+        }
+        Err(error) => {
+            note(app, row, format!("its image is not known yet: {error}")).await?;
+            return Err(error.into());
+        }
+    };
+    if row.command.is_none() && image.command.is_empty() {
+        let reason = format!("the image {} names no program to run: give one, with loom new … -- CMD", row.image);
+        end(app, row.id, End::Failed { reason }).await?;
+        return Ok(false);
+    }
+    let found = |row: &mut WeaverRow| {
+        row.pinned_image = Some(image.pinned.clone());
+        row.image_command = Some(image.command.clone());
+        row.ended_at.is_none()
+    };
+    app.store.change_weaver(row.id, found).await?;
+    Ok(false)
+}
+
+/// Says why a weaver is not there yet, once for each reason.
+async fn note(app: &AppState, row: &WeaverRow, reason: String) -> Result<()> {
+    if row.reason.as_deref() == Some(&reason) {
+        return Ok(());
+    }
+    app.events.write(row.id, EventKind::Backend, reason.clone()).await;
+    let noted = |row: &mut WeaverRow| {
+        row.reason = Some(reason.clone());
+        row.ended_at.is_none()
+    };
+    app.store.change_weaver(row.id, noted).await?;
+    Ok(())
 }
 
 /// Ends a weaver, once: later ends of the same weaver change nothing but a missing output.
@@ -270,7 +318,10 @@ pub async fn remove(app: &AppState, weaver: WeaverId, by: EndedBy, reason: Strin
 
 /// Cuts an ended weaver off, and has its pod removed.
 async fn clean_up(app: &AppState, weaver: WeaverId) -> Result<()> {
-    app.store.remove_grants(weaver).await?;
+    // At once: until its pod is gone, the weaver could still be reached.
+    for public_key in app.store.remove_grants(weaver).await? {
+        app.agents.send(weaver, ServerMessage::Revoke { public_key });
+    }
     app.relay.load(&app.store).await?;
     app.reconciler.ring(weaver).await;
     Ok(())

@@ -161,17 +161,17 @@ impl Store {
         Ok(done.rows_affected() > 0)
     }
 
-    /// Ends all grants of a weaver.
+    /// Ends all grants of a weaver; the devices that had them.
     ///
     /// # Errors
     ///
     /// The database's.
-    pub async fn remove_grants(&self, weaver: WeaverId) -> sqlx::Result<()> {
-        sqlx::query("DELETE FROM grants WHERE weaver_id = ?")
+    pub async fn remove_grants(&self, weaver: WeaverId) -> sqlx::Result<Vec<WireGuardKey>> {
+        let keys: Vec<String> = sqlx::query_scalar("DELETE FROM grants WHERE weaver_id = ? RETURNING public_key")
             .bind(weaver.to_string())
-            .execute(&self.pool)
-            .await
-            .map(drop)
+            .fetch_all(&self.pool)
+            .await?;
+        keys.iter().map(|key| parsed(key)).collect()
     }
 
     /// The grants of a weaver that are in force.

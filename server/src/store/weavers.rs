@@ -80,6 +80,10 @@ pub struct WeaverRow {
     pub branch: Option<String>,
     /// The main program.
     pub command: Option<Vec<String>>,
+    /// The image by its digest, once that is known.
+    pub pinned_image: Option<String>,
+    /// The program that the image runs, once that is known.
+    pub image_command: Option<Vec<String>>,
     /// The environment, sealed.
     pub sealed_env: Vec<u8>,
     /// What it may use.
@@ -123,6 +127,8 @@ struct RawWeaver {
     repo: Option<String>,
     branch: Option<String>,
     command: Option<String>,
+    pinned_image: Option<String>,
+    image_command: Option<String>,
     sealed_env: Vec<u8>,
     cpu_millicores: i64,
     memory_mb: i64,
@@ -260,7 +266,8 @@ impl Store {
         let candidates = serde_json::to_string(&row.candidates).map_err(|error| sqlx::Error::Encode(error.into()))?;
         let done = sqlx::query(
             "UPDATE weavers SET version = version + 1, expires_at = ?, wanted = ?, status = ?, reason = ?, exit_code = ?, \
-             tail = ?, ended_at = ?, ended_by = ?, agent_version = ?, wireguard_key = ?, candidates = ? \
+             tail = ?, ended_at = ?, ended_by = ?, agent_version = ?, wireguard_key = ?, candidates = ?, \
+             pinned_image = ?, image_command = ? \
              WHERE id = ? AND version = ?",
         )
         .bind(millis(row.expires_at))
@@ -274,6 +281,8 @@ impl Store {
         .bind(&row.agent_version)
         .bind(row.wireguard_key.map(|key| key.to_string()))
         .bind(candidates)
+        .bind(&row.pinned_image)
+        .bind(row.image_command.as_ref().map(|command| serde_json::json!(command).to_string()))
         .bind(row.id.to_string())
         .bind(row.version)
         .execute(&self.pool)
@@ -388,6 +397,9 @@ impl TryFrom<RawWeaver> for WeaverRow {
 
     fn try_from(raw: RawWeaver) -> sqlx::Result<Self> {
         let json_error = |error: serde_json::Error| sqlx::Error::Decode(error.into());
+        let list = |json: Option<String>| {
+            json.map(|json| serde_json::from_str::<Vec<String>>(&json)).transpose().map_err(json_error)
+        };
         let number = |value: i64| u32::try_from(value).map_err(|error| sqlx::Error::Decode(error.into()));
         Ok(Self {
             id: parsed(&raw.id)?,
@@ -398,7 +410,9 @@ impl TryFrom<RawWeaver> for WeaverRow {
             image: raw.image,
             repo: raw.repo,
             branch: raw.branch,
-            command: raw.command.map(|json| serde_json::from_str(&json)).transpose().map_err(json_error)?,
+            command: list(raw.command)?,
+            pinned_image: raw.pinned_image,
+            image_command: list(raw.image_command)?,
             sealed_env: raw.sealed_env,
             resources: ResourceSpec { cpu_millicores: number(raw.cpu_millicores)?, memory_mb: number(raw.memory_mb)? },
             created_at: timestamp(raw.created_at)?,

@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq as _;
 use tokio::{io::unix::AsyncFd, process::Command, sync::mpsc, time::timeout};
 
-use super::{PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner};
+use super::{PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner, ResolvedImage};
 use crate::{
     config::{Config, LocalNetwork},
     secrets::new_token,
@@ -114,7 +114,7 @@ impl Local {
             agent: config.agent.clone(),
             uid,
             isolated_network,
-            udp: config.local_agent_udp,
+            udp: config.agent_udp,
             warnings,
             changes,
             watched: Arc::default(),
@@ -239,6 +239,10 @@ impl Provisioner for Local {
 
     fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    async fn resolve(&self, _image: &str) -> Result<Option<ResolvedImage>, ProvisionError> {
+        Ok(None)
     }
 
     async fn ensure(&self, spec: &PodSpec) -> Result<(), ProvisionError> {

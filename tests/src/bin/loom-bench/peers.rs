@@ -130,7 +130,7 @@ fn wireguard_keys() -> Result<(String, String)> {
 }
 
 fn wireguard_go() -> Result<PathBuf> {
-    loom_tests::wireguard_go::binary().context("wireguard-go")
+    loom_tests::tools::find("wireguard").context("wireguard-go")
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {

@@ -39,7 +39,7 @@ pub(crate) fn measure_tunnel() -> Result<()> {
         println!("agent memory under this load, at its highest: {}", mebibytes(memory(agent.pid)?.peak));
         system.stop()?;
     }
-    let system = System::start_with(&[("LOOM_SERVER_LOCAL_AGENT_UDP", "off")])?;
+    let system = System::start_with(&[("LOOM_SERVER_AGENT_UDP", "off")])?;
     let weaver = system.new_weaver(&[])?;
     let _server = serve_in(&system, &weaver)?;
     system.run(&["tunnel", "up", &weaver.id])?;

@@ -1,0 +1,156 @@
+//! What a pod's status means, in words that its user can act on.
+
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
+
+use super::pod;
+use crate::provision::{PodObservation, PodPhase};
+
+/// Signs in a puller's message that no further try will help: container runtimes have no codes for it.
+const NO_SUCH_IMAGE: [&str; 5] = ["not found", "unauthorized", "denied", "forbidden", "does not exist"];
+
+/// What is seen of a weaver's pod; nothing when it is not one.
+pub(super) fn of(pod: &Pod) -> Option<PodObservation> {
+    let weaver = pod::weaver(pod)?;
+    let empty = PodStatus::default();
+    let status = pod.status.as_ref().unwrap_or(&empty);
+    let (phase, reason, exit_code) = judge(status);
+    Some(PodObservation { weaver, phase, reason, exit_code })
+}
+
+fn judge(status: &PodStatus) -> (PodPhase, Option<String>, Option<i32>) {
+    let user = container(status.container_statuses.as_deref(), pod::WEAVER);
+    let agent = container(status.init_container_statuses.as_deref(), pod::AGENT);
+    // The pod's own end comes before its containers': evicted, past its deadline, its node shut down.
+    if status.phase.as_deref() == Some("Failed")
+        && let Some(reason) = &status.reason
+    {
+        let message = status.message.as_deref().unwrap_or_default();
+        return (PodPhase::Failed, Some(pod_reason(reason, message)), None);
+    }
+    if let Some(ended) = user.and_then(|user| user.state.as_ref()?.terminated.as_ref()) {
+        return ended_phase(ended);
+    }
+    for status in [agent, user].into_iter().flatten() {
+        if let Some((reason, is_final)) = status.state.as_ref().and_then(waiting) {
+            return (if is_final { PodPhase::Failed } else { PodPhase::Pending }, Some(reason), None);
+        }
+    }
+    match status.phase.as_deref() {
+        Some("Running") if user.is_some_and(is_running) => (PodPhase::Running, None, None),
+        Some("Succeeded") => (PodPhase::Succeeded, None, Some(0)),
+        Some("Failed") => (PodPhase::Failed, Some("its pod failed".to_owned()), None),
+        _ => (PodPhase::Pending, unscheduled(status), None),
+    }
+}
+
+fn container<'a>(statuses: Option<&'a [ContainerStatus]>, name: &str) -> Option<&'a ContainerStatus> {
+    statuses?.iter().find(|status| status.name == name)
+}
+
+fn is_running(status: &ContainerStatus) -> bool {
+    status.state.as_ref().is_some_and(|state| state.running.is_some())
+}
+
+fn ended_phase(ended: &ContainerStateTerminated) -> (PodPhase, Option<String>, Option<i32>) {
+    match (ended.reason.as_deref(), ended.exit_code) {
+        (Some("OOMKilled"), _) => {
+            (PodPhase::Failed, Some("it ran out of memory: its limit was reached".to_owned()), None)
+        }
+        (Some("StartError" | "ContainerCannotRun"), _) => {
+            let message = ended.message.as_deref().unwrap_or("no reason was given");
+            (PodPhase::Failed, Some(format!("its container cannot be started: {message}")), None)
+        }
+        (_, 0) => (PodPhase::Succeeded, None, Some(0)),
+        (_, code) => (PodPhase::Failed, None, Some(code)),
+    }
+}
+
+/// Why a container waits, and whether it waits in vain.
+fn waiting(state: &ContainerState) -> Option<(String, bool)> {
+    let waiting = state.waiting.as_ref()?;
+    let message = waiting.message.as_deref().unwrap_or_default();
+    match waiting.reason.as_deref()? {
+        "ErrImagePull" | "ImagePullBackOff" => {
+            let lower = message.to_lowercase();
+            let hopeless = NO_SUCH_IMAGE.iter().any(|sign| lower.contains(sign));
+            Some((format!("the image cannot be pulled: {message}"), hopeless))
+        }
+        "InvalidImageName" => Some((format!("the image's name is not one: {message}"), true)),
+        "CreateContainerConfigError" => Some((format!("its container cannot be made: {message}"), true)),
+        reason @ ("CreateContainerError" | "RunContainerError" | "CrashLoopBackOff") => {
+            Some((format!("its container does not start ({reason}): {message}"), false))
+        }
+        // On its way: creating, or waiting for the container before it.
+        _ => None,
+    }
+}
+
+/// Why no node has taken the pod.
+fn unscheduled(status: &PodStatus) -> Option<String> {
+    let conditions = status.conditions.as_deref().unwrap_or_default();
+    let scheduled = conditions.iter().find(|condition| condition.type_ == "PodScheduled")?;
+    let message = scheduled.message.as_deref().filter(|_| scheduled.status == "False")?;
+    Some(format!("no node takes it: {message}"))
+}
+
+fn pod_reason(reason: &str, message: &str) -> String {
+    match reason {
+        "Evicted" => format!("its node needed room and evicted it: {message}"),
+        "DeadlineExceeded" => "its pod reached the longest life a weaver can have".to_owned(),
+        _ => format!("its pod failed ({reason}): {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn judged(status: serde_json::Value) -> (PodPhase, Option<String>, Option<i32>) {
+        judge(&serde_json::from_value(status).unwrap())
+    }
+
+    #[test]
+    fn a_pod_without_a_status_waits() {
+        assert_eq!(judged(json!({})), (PodPhase::Pending, None, None));
+    }
+
+    #[test]
+    fn what_is_missing_on_the_nodes_is_said() {
+        let (phase, reason, _) = judged(json!({"phase": "Pending", "conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available: 1 Insufficient cpu."}
+        ]}));
+        assert_eq!(phase, PodPhase::Pending);
+        assert!(reason.unwrap().contains("Insufficient cpu"));
+    }
+
+    #[test]
+    fn an_image_that_is_not_there_is_final_and_a_slow_registry_is_not() {
+        let pulling = |message: &str| {
+            judged(json!({"phase": "Pending", "containerStatuses": [{
+                "name": "weaver", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+                "state": {"waiting": {"reason": "ErrImagePull", "message": message}}
+            }]}))
+        };
+        assert_eq!(pulling("failed to resolve reference: example.org/a: not found").0, PodPhase::Failed);
+        assert_eq!(pulling("dial tcp: i/o timeout").0, PodPhase::Pending);
+    }
+
+    #[test]
+    fn ends_have_their_code_or_their_reason() {
+        let ended = |reason: &str, code: i32| {
+            judged(json!({"phase": "Running", "containerStatuses": [{
+                "name": "weaver", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+                "state": {"terminated": {"reason": reason, "exitCode": code}}
+            }]}))
+        };
+        assert_eq!(ended("Completed", 0), (PodPhase::Succeeded, None, Some(0)));
+        assert_eq!(ended("Error", 7), (PodPhase::Failed, None, Some(7)));
+        let (phase, reason, code) = ended("OOMKilled", 137);
+        assert_eq!((phase, code), (PodPhase::Failed, None));
+        assert!(reason.unwrap().contains("memory"));
+        let (_, reason, _) = judged(json!({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}));
+        assert!(reason.unwrap().contains("low on disk"));
+    }
+}

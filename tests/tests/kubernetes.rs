@@ -1,0 +1,228 @@
+//! Weavers as pods of a real cluster: what only Kubernetes can show. What users do is in the other files, which run on
+//! both backends.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use loom_tests::{System, Weaver, cluster::registry, eventually, namespace::Namespace, system::PATIENCE};
+use serde_json::{Value, json};
+
+fn namespace(system: &System) -> Result<&Namespace> {
+    system.namespace().context("the system runs on Kubernetes")
+}
+
+fn pod(system: &System, weaver: &Weaver) -> Result<Value> {
+    namespace(system)?.pod(weaver)?.context("the weaver's pod")
+}
+
+/// Makes a weaver by the API, and does not wait for it.
+fn create(system: &System, body: &Value) -> Result<Weaver> {
+    let answer = system.request(Some(&system.admin_token()?), "POST", "/api/weavers", Some(&body.to_string()))?;
+    ensure!(answer.status == 201, "creating a weaver: {answer:?}");
+    Ok(Weaver { id: answer.body["id"].as_str().context("an id")?.to_owned() })
+}
+
+/// Waits until the weaver's reason contains `words`; the weaver as it is then.
+fn reason(system: &System, weaver: &Weaver, words: &str) -> Result<Value> {
+    let mut last = Value::Null;
+    eventually("the reason", PATIENCE, || {
+        last = system.describe(weaver)?;
+        Ok(last["reason"].as_str().is_some_and(|reason| reason.contains(words)).then_some(()))
+    })
+    .with_context(|| format!("{words:?} is not the reason: {last}"))?;
+    Ok(last)
+}
+
+#[test]
+fn a_pod_is_restricted_pinned_and_holds_no_secret() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let weaver = system.new_weaver(&["-e", "COLOUR=green"])?;
+    let pod = pod(&system, &weaver)?;
+    let uuid = weaver.id.trim_start_matches("W-");
+    assert_eq!(pod["metadata"]["name"], format!("weaver-{uuid}"));
+    assert_eq!(pod["metadata"]["labels"]["app"], "loom-weaver");
+    let text = pod.to_string();
+    assert!(!text.contains("green"), "the environment stands in the pod: {text}");
+
+    let spec = &pod["spec"];
+    assert_eq!(spec["restartPolicy"], "Never");
+    assert_eq!(spec["enableServiceLinks"], false);
+    assert_eq!(spec["automountServiceAccountToken"], false);
+    assert!(spec["activeDeadlineSeconds"].as_i64().is_some_and(|seconds| seconds > 48 * 3600));
+    let container = &spec["containers"][0];
+    assert_eq!(container["name"], "weaver");
+    let image = container["image"].as_str().unwrap_or_default();
+    assert!(image.contains("@sha256:"), "{image} is not pinned");
+    assert_eq!(container["resources"]["limits"], json!({"cpu": "2", "memory": "2Gi"}));
+    let mounts = container["volumeMounts"].to_string();
+    assert!(!mounts.contains("loom-token") && !mounts.contains("serviceaccount"), "{mounts}");
+    assert_eq!(system.run(&["exec", &weaver.id, "--", "sh", "-c", "echo $COLOUR; id -u"])?, "green\n1000\n");
+    let look = "ls /var/run/secrets 2>&1; tr '\\0' '\\n' < /proc/1/environ | grep -i token";
+    let output = system.output(&["exec", &weaver.id, "--", "sh", "-c", look])?;
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("loom"), "{output:?}");
+    system.stop()
+}
+
+#[test]
+fn an_image_with_an_entrypoint_of_its_own_runs_it() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let weaver = system.new_weaver(&["--image", &registry::image("postgres")])?;
+    system.run(&["tunnel", "up", &weaver.id])?;
+    let address = system.local_address(&weaver)?;
+    let answer = eventually("the database", PATIENCE, || Ok(system.psql(&address, 5432, "select 6 * 7").ok()))?;
+    assert_eq!(answer, "42");
+    system.stop()
+}
+
+#[test]
+fn an_image_behind_a_password_needs_the_pull_secret_and_one_without_a_program_a_command() -> Result<()> {
+    let image = registry::private_image("alone");
+    let system = System::start_on_kubernetes(&[])?;
+    let output = system.output(&["new", "--no-attach", "--image", &image])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("credentials"), "{output:?}");
+    // With a command nobody reads the image before the node does, and the node says the same.
+    let output = system.output(&["new", "--no-attach", "--image", &image, "--", "/busybox", "sleep", "1000"])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot be pulled"), "{output:?}");
+    system.stop()?;
+
+    let system = System::start_on_kubernetes(&[("LOOM_SERVER_KUBERNETES_PULL_SECRETS", "registry")])?;
+    let server = format!("--docker-server={}", registry::PRIVATE);
+    let (user, password) =
+        (format!("--docker-username={}", registry::USER), format!("--docker-password={}", registry::PASSWORD));
+    namespace(&system)?.kubectl(&["create", "secret", "docker-registry", "registry", &server, &user, &password])?;
+    let output = system.output(&["new", "--no-attach", "--image", &image])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("names no program"), "{output:?}");
+    // No shell, no passwd, nothing but one program: people come in all the same.
+    let weaver = system.new_weaver(&["--image", &image, "--", "/busybox", "sleep", "1000"])?;
+    assert_eq!(system.run(&["exec", &weaver.id, "--", "/busybox", "echo", "in"])?, "in\n");
+    system.stop()
+}
+
+#[test]
+fn a_token_is_good_for_its_own_pod_only_and_not_after_it() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let (weaver, other) = (system.new_weaver(&[])?, system.new_weaver(&[])?);
+    let token_of = |weaver: &Weaver| -> Result<String> {
+        let root = format!("/proc/{}/root/var/run/secrets/loom/token", system.sidecar(weaver)?.pid);
+        fs::read_to_string(&root).context("the sidecar's token")
+    };
+    let register = |weaver: &Weaver, token: &str| -> Result<u16> {
+        let key = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAE=";
+        let body = json!({
+            "weaver_id": weaver.id, "credential": token, "version": "0.1.0", "protocol": 1, "wireguard_key": key,
+            "ssh_host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",
+        });
+        Ok(system.request(None, "POST", "/api/agent/register", Some(&body.to_string()))?.status)
+    };
+    let token = token_of(&weaver)?;
+    assert_eq!(register(&other, &token)?, 401, "another weaver's token");
+    assert_eq!(register(&weaver, "nonsense")?, 401);
+    let namespace = namespace(&system)?;
+    let made = |arguments: &[&str]| -> Result<String> {
+        let all = [&["create", "token", "default"], arguments].concat();
+        Ok(namespace.kubectl(&all)?.trim().to_owned())
+    };
+    let uid = pod(&system, &weaver)?["metadata"]["uid"].as_str().context("a uid")?.to_owned();
+    let name = format!("weaver-{}", weaver.id.trim_start_matches("W-"));
+    let bound = ["--bound-object-kind", "Pod", "--bound-object-name", &name, "--bound-object-uid", &uid];
+    assert_eq!(register(&weaver, &made(&["--audience", "loom"])?)?, 401, "a token of no pod");
+    assert_eq!(register(&weaver, &made(&[&["--audience", "other"], &bound[..]].concat())?)?, 401, "another audience");
+    assert_eq!(register(&weaver, &token)?, 200, "and the right one is taken, so the test says something");
+
+    system.run(&["delete", "--yes", &weaver.id])?;
+    assert!(register(&weaver, &token)? >= 400, "a deleted weaver's token");
+    eventually("the pod to be gone", PATIENCE, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
+    assert!(register(&weaver, &token)? >= 400, "a token whose pod is gone");
+    system.stop()
+}
+
+#[test]
+fn what_no_node_can_hold_says_what_is_missing() -> Result<()> {
+    let system = System::start_on_kubernetes(&[
+        ("LOOM_SERVER_KUBERNETES_REQUEST_CPU_MILLICORES", "900000"),
+        ("LOOM_SERVER_KUBERNETES_REQUEST_MEMORY_MB", "64"),
+    ])?;
+    let start = Instant::now();
+    let weaver = create(&system, &json!({"resources": {"cpu_millicores": 900_000, "memory_mb": 64}}))?;
+    let described = reason(&system, &weaver, "Insufficient cpu")?;
+    assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
+    assert_eq!(described["status"], "Pending", "room may come");
+    system.stop()
+}
+
+#[test]
+fn a_program_that_takes_too_much_memory_is_said_to_have_done_so() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let eat = json!({
+        "command": ["python3", "-c", "b = bytearray(512 << 20)"], "resources": {"cpu_millicores": 1000, "memory_mb": 64}
+    });
+    let weaver = create(&system, &eat)?;
+    let described = eventually("the weaver to end", PATIENCE, || {
+        let described = system.describe(&weaver)?;
+        Ok((described["status"] == "Failed").then_some(described))
+    })?;
+    let reason = described["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("memory") || reason.contains("137"), "{reason}");
+    system.stop()
+}
+
+#[test]
+fn a_quota_is_named_and_when_it_has_room_the_weaver_starts() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let namespace = namespace(&system)?;
+    let quota = |pods: u32| {
+        namespace.apply(&format!(
+            "apiVersion: v1\nkind: ResourceQuota\nmetadata: {{name: few}}\nspec: {{hard: {{pods: \"{pods}\"}}}}\n"
+        ))
+    };
+    quota(0)?;
+    eventually("the quota to count", PATIENCE, || {
+        let quota = namespace.kubectl(&["get", "resourcequota", "few", "-o", "jsonpath={.status.hard.pods}"])?;
+        Ok((quota == "0").then_some(()))
+    })?;
+    let weaver = create(&system, &json!({}))?;
+    let described = reason(&system, &weaver, "exceeded quota")?;
+    assert_eq!(described["status"], "Pending");
+    quota(5)?;
+    eventually("the weaver to run", PATIENCE, || Ok((system.describe(&weaver)?["status"] == "Running").then_some(())))?;
+    system.stop()
+}
+
+#[test]
+fn a_pod_of_no_weaver_is_removed_and_a_foreign_one_is_not() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let namespace = namespace(&system)?;
+    let pod = |name: &str, label: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: loom-weaver, weaver-id: {label}}}}}\n\
+             spec:\n  terminationGracePeriodSeconds: 0\n  securityContext: {{runAsNonRoot: true, runAsUser: 1000, seccompProfile: {{type: RuntimeDefault}}}}\n\
+             \x20 containers: [{{name: a, image: \"{}\", securityContext: {{allowPrivilegeEscalation: false, capabilities: {{drop: [ALL]}}}}}}]\n",
+            registry::image("pause")
+        )
+    };
+    let uuid = "01890000-0000-7000-8000-000000000000";
+    namespace.apply(&pod("somebodys-pod", &format!("W-{uuid}")))?;
+    namespace.apply(&pod(&format!("weaver-{uuid}"), &format!("W-{uuid}")))?;
+    eventually("the pod without a weaver to be removed", PATIENCE, || {
+        Ok(namespace.kubectl(&["get", "pod", &format!("weaver-{uuid}")]).is_err().then_some(()))
+    })?;
+    namespace.kubectl(&["get", "pod", "somebodys-pod"])?;
+    namespace.kubectl(&["delete", "pod", "somebodys-pod", "--now"])?;
+    system.stop()
+}
+
+#[test]
+fn a_namespace_that_is_missing_is_said_at_the_start_with_the_command_that_makes_it() -> Result<()> {
+    let Err(error) = System::start_on_kubernetes(&[("LOOM_SERVER_KUBERNETES_NAMESPACE", "nowhere")]) else {
+        anyhow::bail!("the server started without its namespace");
+    };
+    let error = format!("{error:#}");
+    assert!(error.contains("kubectl create namespace nowhere"), "{error}");
+    Ok(())
+}

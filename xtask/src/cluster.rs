@@ -1,0 +1,56 @@
+//! `cargo xtask cluster`: a real Kubernetes on this machine, for a developer or for the tests.
+
+use anyhow::{Result, bail};
+use clap::Subcommand;
+use loom_tests::cluster::{Cluster, kubectl, registry};
+
+use crate::{build, images, tools};
+
+/// Gives this machine a Kubernetes of its own, and takes it away again.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Builds and starts it; the one before, or what is left of it, goes first.
+    Up,
+    /// Ends it and removes all that it made.
+    Down,
+    /// Says what runs.
+    Status,
+}
+
+/// Does one of these.
+pub(crate) fn run(command: &Command) -> Result<()> {
+    let cluster = Cluster::new(&tools::directory());
+    match command {
+        Command::Up => {
+            let cluster = up()?;
+            println!("\nThe cluster runs. To use it:");
+            println!("  export KUBECONFIG={}", cluster.kubeconfig().display());
+            println!("  alias kubectl='{} kubectl'", tools::directory().join("kube").display());
+            println!("Images: {}", ["agent", "server", "weaver", "postgres"].map(registry::image).join(", "));
+            println!("To end it: cargo xtask cluster down");
+            Ok(())
+        }
+        Command::Down => cluster.down(),
+        Command::Status => {
+            let running = cluster.running();
+            if running.is_empty() {
+                bail!("no cluster runs; start one with: cargo xtask cluster up");
+            }
+            println!("parts that run: {}", running.join(", "));
+            let kube = tools::directory().join("kube");
+            print!("{}", kubectl(&kube, &cluster.kubeconfig(), &["get", "nodes,pods", "--all-namespaces"], "")?);
+            Ok(())
+        }
+    }
+}
+
+/// Builds everything that a cluster consists of, and starts it.
+pub(crate) fn up() -> Result<Cluster> {
+    tools::for_cluster()?;
+    let binaries = build::binaries(false)?;
+    let images = images::for_tests(&binaries)?;
+    let cluster = Cluster::new(&tools::directory());
+    eprintln!("starting the cluster");
+    cluster.up(&images)?;
+    Ok(cluster)
+}

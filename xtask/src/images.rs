@@ -1,0 +1,182 @@
+//! The images of the project, and those that only tests need, as OCI archives in `target/images`.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Args, ValueEnum};
+
+use crate::{
+    build,
+    oci::{self, Runs},
+    tools,
+};
+
+/// The Debian release that images are made from.
+const RELEASE: &str = "bookworm";
+/// Documentation and translations: nobody reads them in a container.
+const LEFT_OUT: [&str; 3] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
+
+/// Builds an image as an OCI archive, without Docker.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Which one.
+    image: Image,
+}
+
+/// The images that people use.
+#[derive(Clone, Copy, ValueEnum)]
+enum Image {
+    /// The agent, for the sidecar of weavers' pods.
+    Agent,
+    /// The server.
+    Server,
+    /// The official image of weavers: Debian with everyday tools.
+    Weaver,
+}
+
+/// Builds one image for release, and says where it is.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    tools::for_cluster()?;
+    let archive = match options.image {
+        Image::Agent => program("agent", &build::binaries(true)?)?,
+        Image::Server => program("server", &build::binaries(true)?)?,
+        Image::Weaver => weaver()?,
+    };
+    println!("{}", archive.display());
+    Ok(())
+}
+
+/// Everything that the test cluster's registry holds.
+pub(crate) fn for_tests(binaries: &Path) -> Result<Vec<PathBuf>> {
+    Ok(vec![pause()?, program("agent", binaries)?, program("server", binaries)?, weaver()?, postgres()?, alone()?])
+}
+
+/// The image of `loom-agent` or `loom-server`: the static binary, and what it needs of a system.
+fn program(name: &str, binaries: &Path) -> Result<PathBuf> {
+    let (directory, archive) = place(name)?;
+    let binary = format!("loom-{name}");
+    let target = directory.join("usr/local/bin").join(&binary);
+    add(&directory, "etc/passwd", "loom:x:1000:1000:loom:/tmp:/sbin/nologin\n")?;
+    add(&directory, "etc/group", "loom:x:1000:\n")?;
+    let authorities = fs::read_to_string("/etc/ssl/certs/ca-certificates.crt")
+        .context("the system's certificate authorities (package ca-certificates)")?;
+    add(&directory, "etc/ssl/certs/ca-certificates.crt", &authorities)?;
+    add(&directory, &format!("usr/local/bin/{binary}"), "")?;
+    let status = Command::new("strip").arg("-o").arg(&target).arg(binaries.join(&binary)).status()?;
+    ensure!(status.success(), "stripping {binary} failed");
+    executable(&target)?;
+    let runs = Runs { entrypoint: vec![format!("/usr/local/bin/{binary}")], user: "1000:1000", ..Runs::default() };
+    finish(&directory, &archive, &runs)
+}
+
+/// The official image.
+fn weaver() -> Result<PathBuf> {
+    let runs = Runs {
+        command: vec!["/bin/bash".to_owned()],
+        env: vec!["LANG=C.UTF-8".to_owned()],
+        user: "1000:1000",
+        directory: "/workspace",
+        ..Runs::default()
+    };
+    debian("weaver", &build::root().join("weaver-image/packages"), None, &runs)
+}
+
+/// For tests: a database's image with an entrypoint of its own.
+fn postgres() -> Result<PathBuf> {
+    let source = build::root().join("tests/cluster/images/postgres");
+    let runs = Runs {
+        entrypoint: vec!["/usr/local/bin/entrypoint.sh".to_owned()],
+        command: ["postgres", "-c", "listen_addresses=localhost", "-c", "unix_socket_directories=/tmp"]
+            .map(str::to_owned)
+            .into(),
+        env: vec!["PGDATA=/tmp/data".to_owned()],
+        user: "999:999",
+        ..Runs::default()
+    };
+    debian("postgres", &source.join("packages"), Some(&source.join("entrypoint.sh")), &runs)
+}
+
+/// For tests: an image with one program and nothing else, not even a shell, in the registry behind a password.
+fn alone() -> Result<PathBuf> {
+    let (directory, archive) = place("private-alone")?;
+    fs::copy("/bin/busybox", directory.join("busybox")).context("the package busybox-static")?;
+    finish(&directory, &archive, &Runs::default())
+}
+
+/// The program that holds a pod's namespaces.
+fn pause() -> Result<PathBuf> {
+    let (directory, archive) = place("pause")?;
+    fs::copy(tools::directory().join("pause"), directory.join("pause"))?;
+    finish(&directory, &archive, &Runs { entrypoint: vec!["/pause".to_owned()], ..Runs::default() })
+}
+
+/// An image of Debian packages, by mmdebstrap. Made again when the list of packages or the entrypoint changes.
+fn debian(name: &str, packages: &Path, entrypoint: Option<&Path>, runs: &Runs) -> Result<PathBuf> {
+    let list = fs::read_to_string(packages).with_context(|| format!("reading {}", packages.display()))?;
+    let script = entrypoint.map(fs::read_to_string).transpose()?.unwrap_or_default();
+    let recipe = format!("{RELEASE}\n{list}\n{script}\n{runs:?}\n");
+    let archive = build::target().join("images").join(format!("{name}.tar"));
+    let recipe_file = archive.with_extension("recipe");
+    if archive.exists() && fs::read_to_string(&recipe_file).is_ok_and(|earlier| earlier == recipe) {
+        return Ok(archive);
+    }
+    eprintln!("building the image {name} from Debian packages");
+    fs::create_dir_all(build::target().join("images"))?;
+    let packages: Vec<&str> =
+        list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let layer = archive.with_extension("layer.tar");
+    let mut command = Command::new("mmdebstrap");
+    command
+        .args(["--quiet", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\""])
+        .args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")))
+        .arg(format!("--include={}", packages.join(",")))
+        // Whoever a pod runs as has a name, and a home.
+        .arg("--customize-hook=chroot \"$1\" useradd --create-home --uid 1000 --shell /bin/bash loom")
+        // What says when and where it was built.
+        .arg("--customize-hook=rm -rf \"$1\"/var/log/* \"$1\"/var/cache/ldconfig/aux-cache \"$1\"/etc/machine-id")
+        .env("SOURCE_DATE_EPOCH", oci::EPOCH);
+    if let Some(entrypoint) = entrypoint {
+        command.arg(format!("--customize-hook=copy-in {} /usr/local/bin", entrypoint.display()));
+    }
+    let status = command.arg(RELEASE).arg(&layer).status().context("starting mmdebstrap")?;
+    ensure!(status.success(), "building the image {name} failed");
+    oci::write(&archive, &layer, runs)?;
+    fs::remove_file(layer)?;
+    fs::write(recipe_file, recipe)?;
+    Ok(archive)
+}
+
+/// An empty directory for an image's files, and its archive's path.
+fn place(name: &str) -> Result<(PathBuf, PathBuf)> {
+    let images = build::target().join("images");
+    let directory = images.join(name);
+    if directory.exists() {
+        fs::remove_dir_all(&directory)?;
+    }
+    fs::create_dir_all(&directory)?;
+    Ok((directory, images.join(format!("{name}.tar"))))
+}
+
+fn add(directory: &Path, name: &str, content: &str) -> Result<()> {
+    let path = directory.join(name);
+    fs::create_dir_all(path.parent().context("a file in a directory")?)?;
+    Ok(fs::write(path, content)?)
+}
+
+fn executable(path: &Path) -> Result<()> {
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
+}
+
+fn finish(directory: &Path, archive: &Path, runs: &Runs) -> Result<PathBuf> {
+    let layer = archive.with_extension("layer.tar");
+    oci::tar(directory, &layer)?;
+    oci::write(archive, &layer, runs)?;
+    fs::remove_file(layer)?;
+    fs::remove_dir_all(directory)?;
+    Ok(archive.to_owned())
+}

@@ -28,6 +28,8 @@ use parts::Part;
 pub const DIRECTORY: &str = "/var/lib/loom-cluster";
 /// The node's address, on a bridge of its own: a node's address must not be loopback.
 pub const NODE: &str = "10.86.0.1";
+/// An address of this machine that stands for the world outside of the cluster (RFC 5737, TEST-NET-2).
+pub const OUTSIDE: &str = "198.51.100.7";
 /// The pods' addresses.
 const PODS: &str = "10.85.0.0/16";
 /// The services' addresses; the API server has the first.
@@ -45,15 +47,15 @@ const PATIENCE: Duration = Duration::from_secs(90);
 #[derive(Debug, Clone)]
 pub struct Cluster {
     directory: PathBuf,
-    kube: PathBuf,
+    /// Where the programs are that `cargo xtask cluster` builds.
+    tools: PathBuf,
 }
 
 impl Cluster {
-    /// The cluster of this machine, which need not run; `kube` is the program with all parts, `pause` the one that holds
-    /// pods, both built by `cargo xtask cluster`.
+    /// The cluster of this machine, which need not run; `tools` holds what `cargo xtask cluster` builds.
     #[must_use]
     pub fn new(tools: &Path) -> Self {
-        Self { directory: DIRECTORY.into(), kube: tools.join("kube") }
+        Self { directory: DIRECTORY.into(), tools: tools.to_owned() }
     }
 
     /// Starts it, and waits until pods can be made. `images` are OCI archives; an archive `dir/NAME.tar` is pushed to
@@ -87,6 +89,15 @@ impl Cluster {
             self.check_parts()?;
             let nodes = self.try_kubectl(&["get", "nodes", "--no-headers"]).unwrap_or_default();
             Ok(nodes.split_whitespace().any(|word| word == "Ready").then_some(()))
+        })?;
+        for part in parts::NETWORK {
+            self.start(part)?;
+        }
+        eventually("services and network policies", PATIENCE, || {
+            self.check_parts()?;
+            let rules = Command::new("iptables-save").output()?.stdout;
+            let rules = String::from_utf8_lossy(&rules);
+            Ok(["KUBE-SERVICES", "KUBE-ROUTER-FORWARD"].iter().all(|chain| rules.contains(chain)).then_some(()))
         })
     }
 
@@ -99,9 +110,12 @@ impl Cluster {
         if !self.directory.exists() {
             return Ok(());
         }
-        for name in ["kubelet", "scheduler", "controller-manager", "apiserver", "etcd", "proxy", "policies"] {
+        for name in ["proxy", "policies", "kubelet", "scheduler", "controller-manager", "apiserver", "etcd"] {
             parts::stop(&self.path("run"), name)?;
         }
+        // Both take back what they wrote into the machine's packet filter; nothing may have been written yet.
+        let _ = Command::new(self.tools.join("kube")).args(["proxy", "--cleanup"]).output();
+        let _ = Command::new(self.tools.join("kube-router")).args(["--cleanup-config", "--run-router=false"]).output();
         // Containers outlive containerd, by design.
         leftovers::end_containers(&self.directory);
         for name in ["containerd", "registry", "private-registry"] {
@@ -137,7 +151,7 @@ impl Cluster {
     ///
     /// When it cannot be started.
     pub fn restart(&self, part: &str) -> Result<()> {
-        let all = parts::CONTROL_PLANE.iter().chain(parts::WORKERS);
+        let all = parts::CONTROL_PLANE.iter().chain(parts::WORKERS).chain(parts::NETWORK);
         let part = all.into_iter().find(|known| known.name == part).context("no such part")?;
         self.start(part)
     }
@@ -149,8 +163,9 @@ impl Cluster {
     fn start(&self, part: &Part) -> Result<()> {
         let mut command = match part.name {
             "containerd" => Command::new("containerd"),
+            "policies" => Command::new(self.tools.join("kube-router")),
             name => {
-                let mut command = Command::new(&self.kube);
+                let mut command = Command::new(self.tools.join("kube"));
                 command.arg(name);
                 command
             }
@@ -172,12 +187,13 @@ impl Cluster {
     }
 
     fn try_kubectl(&self, arguments: &[&str]) -> Result<String> {
-        kubectl(&self.kube, &self.kubeconfig(), arguments, "")
+        kubectl(&self.tools.join("kube"), &self.kubeconfig(), arguments, "")
     }
 
     fn network(&self) -> Result<()> {
         run("ip", &["link", "add", NODE_BRIDGE, "type", "bridge"])?;
         run("ip", &["address", "add", &format!("{NODE}/32"), "dev", NODE_BRIDGE])?;
+        run("ip", &["address", "add", &format!("{OUTSIDE}/32"), "dev", NODE_BRIDGE])?;
         run("ip", &["link", "set", NODE_BRIDGE, "up"])?;
         // Pods reach the world by the machine's own address.
         let mut rule = vec!["-t", "nat", "-A", "POSTROUTING"];
@@ -187,9 +203,13 @@ impl Cluster {
 
     fn write_settings(&self) -> Result<()> {
         let directory = self.directory.display();
-        for (name, certificate) in
-            [("admin", "admin"), ("kubelet", "node"), ("controller-manager", "controllers"), ("scheduler", "scheduler")]
-        {
+        for (name, certificate) in [
+            ("admin", "admin"),
+            ("kubelet", "node"),
+            ("controller-manager", "controllers"),
+            ("scheduler", "scheduler"),
+            ("proxy", "proxy"),
+        ] {
             let text = format!(
                 "apiVersion: v1\nkind: Config\ncurrent-context: loom\n\
                  clusters: [{{name: loom, cluster: {{server: \"https://127.0.0.1:{API_PORT}\", certificate-authority: {directory}/pki/ca.crt}}}}]\n\

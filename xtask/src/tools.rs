@@ -50,6 +50,7 @@ const CLUSTER: &[Tool] = &[
     tool("runc", "runc"),
     tool("/usr/lib/cni/bridge", "containernetworking-plugins"),
     tool("iptables", "iptables"),
+    tool("ipset", "ipset"),
     tool("ip", "iproute2"),
     tool("openssl", "openssl"),
     tool("docker-registry", "docker-registry"),
@@ -127,7 +128,7 @@ fn wireguard_go() -> Result<()> {
 fn kubernetes() -> Result<()> {
     let source = build::root().join("tests/cluster");
     // Built again when the module changes.
-    let recipe = ["go.sum", "kube/main.go", "pause/main.go"]
+    let recipe = ["go.sum", "kube/main.go", "pause/main.go", "policies/go.sum", "helm/go.sum"]
         .map(|name| std::fs::read_to_string(source.join(name)))
         .into_iter()
         .collect::<std::io::Result<String>>()?;
@@ -137,16 +138,21 @@ fn kubernetes() -> Result<()> {
         return Ok(());
     }
     need_go("Kubernetes")?;
-    eprintln!("building Kubernetes {KUBERNETES}: five minutes, once");
+    eprintln!("building Kubernetes {KUBERNETES} and what goes with it: ten minutes, once");
     std::fs::create_dir_all(directory())?;
     let version = "-X k8s.io/component-base/version";
     let flags = format!("-s -w {version}.gitVersion={KUBERNETES} {version}.gitMajor=1 {version}.gitMinor=36");
-    for program in ["kube", "pause"] {
+    for (program, module, package) in [
+        ("kube", ".", "./kube"),
+        ("pause", ".", "./pause"),
+        ("kube-router", "policies", "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router"),
+        ("helm", "helm", "helm.sh/helm/v3/cmd/helm"),
+    ] {
         run(Command::new("go")
             .args(["build", "-trimpath", "-ldflags", &flags, "-o"])
             .arg(directory().join(program))
-            .arg(format!("./{program}"))
-            .current_dir(&source)
+            .arg(package)
+            .current_dir(source.join(module))
             .env("CGO_ENABLED", "0"))?;
     }
     Ok(std::fs::write(recipe_file, recipe)?)

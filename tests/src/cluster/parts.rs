@@ -39,6 +39,10 @@ pub(super) const WORKERS: &[Part] = &[
     Part { name: "kubelet", arguments: kubelet },
 ];
 
+/// What needs a node that is known.
+pub(super) const NETWORK: &[Part] =
+    &[Part { name: "proxy", arguments: proxy }, Part { name: "policies", arguments: policies }];
+
 fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
@@ -71,7 +75,8 @@ fn controller_manager(directory: &str) -> Vec<String> {
     words(&format!(
         "--kubeconfig {directory}/controller-manager.kubeconfig --root-ca-file {directory}/pki/ca.crt \
          --service-account-private-key-file {directory}/pki/accounts.key --use-service-account-credentials \
-         --leader-elect=false --bind-address 127.0.0.1"
+         --leader-elect=false --bind-address 127.0.0.1 \
+         --allocate-node-cidrs --cluster-cidr {PODS}"
     ))
 }
 
@@ -83,6 +88,24 @@ fn kubelet(directory: &str) -> Vec<String> {
     words(&format!(
         "--kubeconfig {directory}/kubelet.kubeconfig --config {directory}/kubelet.yaml --root-dir {directory}/kubelet \
          --hostname-override node0 --node-ip {NODE}"
+    ))
+}
+
+/// Services: the API server and `loom-server` have one.
+fn proxy(directory: &str) -> Vec<String> {
+    words(&format!(
+        "--kubeconfig {directory}/proxy.kubeconfig --proxy-mode iptables --hostname-override node0 \
+         --cluster-cidr {PODS} --conntrack-max-per-core 0 --conntrack-tcp-timeout-established 0 \
+         --conntrack-tcp-timeout-close-wait 0 --healthz-bind-address 127.0.0.1 --metrics-bind-address 127.0.0.1"
+    ))
+}
+
+/// NetworkPolicy: kube-router as a firewall alone.
+fn policies(directory: &str) -> Vec<String> {
+    words(&format!(
+        "--kubeconfig {directory}/admin.kubeconfig --hostname-override node0 --run-firewall=true --run-router=false \
+         --run-service-proxy=false --enable-cni=false --service-cluster-ip-range {SERVICES} --health-port 0 \
+         --iptables-sync-period 10s"
     ))
 }
 

@@ -7,12 +7,13 @@ use anyhow::Result;
 use super::{NODE, run};
 
 /// Name, subject and names of each certificate.
-const LEAVES: [(&str, &str, &str); 6] = [
+const LEAVES: [(&str, &str, &str); 7] = [
     ("apiserver", "/CN=kube-apiserver", "IP:127.0.0.1,IP:10.96.0.1,DNS:localhost,DNS:kubernetes.default.svc"),
     ("admin", "/O=system:masters/CN=admin", "DNS:admin"),
     ("kubelet-client", "/O=system:masters/CN=kube-apiserver-kubelet-client", "DNS:apiserver"),
     ("node", "/O=system:nodes/CN=system:node:node0", "DNS:node0"),
     ("controllers", "/CN=system:kube-controller-manager", "DNS:controllers"),
+    ("proxy", "/CN=system:kube-proxy", "DNS:proxy"),
     ("scheduler", "/CN=system:kube-scheduler", "DNS:scheduler"),
 ];
 

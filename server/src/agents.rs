@@ -139,6 +139,12 @@ impl Hub {
         (serial, inbox)
     }
 
+    /// How many links are up.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Whether the link `serial` was the weaver's last one.
     fn disconnected(&self, weaver: WeaverId, serial: u64) -> bool {
         let mut links = self.links();

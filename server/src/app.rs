@@ -22,6 +22,7 @@ use crate::{
     api,
     config::{Backend, Config},
     events::Events,
+    metrics::{self, Metrics},
     provision::{Provisioner, kubernetes::Kubernetes, local::Local},
     reconcile::{Reconciler, deadlines},
     relay::Relay,
@@ -50,6 +51,8 @@ pub struct Shared {
     pub secrets: Secrets,
     /// The database.
     pub store: Store,
+    /// What operators watch.
+    pub metrics: Arc<Metrics>,
     /// The events.
     pub events: Events,
     /// The backend.
@@ -132,12 +135,20 @@ impl App {
         let reconciler = Reconciler::new(changes);
         let relay = Relay::default();
         relay.load(&store).await?;
+        let metrics = Arc::new(Metrics::default());
+        let metrics_listener = match config.metrics_listen {
+            Some(address) => {
+                Some(TcpListener::bind(address).await.with_context(|| format!("listening for metrics at {address}"))?)
+            }
+            None => None,
+        };
         let listen_file = config.data_dir.join("listen");
         let state = AppState(Arc::new(Shared {
             config,
             url,
             secrets,
-            events: Events::new(store.clone()),
+            events: Events::new(store.clone(), Arc::clone(&metrics)),
+            metrics,
             store,
             provisioner,
             reconciler,
@@ -149,6 +160,14 @@ impl App {
         let mut tasks = JoinSet::new();
         tasks.spawn(crate::reconcile::run(state.clone(), changed));
         tasks.spawn(deadlines::run(state.clone()));
+        if let Some(listener) = metrics_listener {
+            let app = state.clone();
+            tasks.spawn(async move {
+                if let Err(error) = metrics::serve(app, listener).await {
+                    tracing::error!("{error:#}");
+                }
+            });
+        }
         let temporary = listen_file.with_extension("new");
         fs::write(&temporary, address.to_string())?;
         fs::rename(&temporary, &listen_file)?;

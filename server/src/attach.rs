@@ -52,6 +52,7 @@ pub async fn attach(
     let plain = upgrade.selected_protocol().is_none();
     let stopping = app.stopping.clone();
     Ok(upgrade.on_upgrade(async move |client| {
+        let _attached = app.metrics.attached();
         let bridge = Bridge { translate: plain.then(Plain::default) };
         tokio::select! {
             () = bridge.run(client, agent) => {}

@@ -37,6 +37,9 @@ pub struct Settings {
     /// The certificate's private key, in PEM.
     #[arg(long, env = "LOOM_SERVER_TLS_KEY", value_name = "FILE", requires = "tls_cert", global = true)]
     tls_key: Option<PathBuf>,
+    /// Serve figures for Prometheus at this address, under /metrics, over plain HTTP. [default: nowhere]
+    #[arg(long, env = "LOOM_SERVER_METRICS_LISTEN", value_name = "IP:PORT", global = true)]
+    metrics_listen: Option<SocketAddr>,
     /// What runs weavers. [default: local]
     #[arg(long, env = "LOOM_SERVER_BACKEND", value_enum, global = true)]
     backend: Option<Backend>,
@@ -176,6 +179,8 @@ pub struct Config {
     pub tls: Option<Tls>,
     /// Where people reach the server, if that differs from where it listens.
     pub public_url: Option<String>,
+    /// Where metrics are served, if anywhere.
+    pub metrics_listen: Option<SocketAddr>,
     /// What runs weavers.
     pub backend: Backend,
     /// The image when a request names none.
@@ -311,6 +316,7 @@ impl Settings {
             tls,
             data_dir: absolute(given.data_dir)?,
             public_url,
+            metrics_listen: given.metrics_listen,
             backend,
             default_image: given.default_image.unwrap_or_else(|| {
                 match backend {
@@ -340,6 +346,7 @@ impl Settings {
             public_url: self.public_url.or(file.public_url),
             tls_cert: self.tls_cert.or(file.tls_cert),
             tls_key: self.tls_key.or(file.tls_key),
+            metrics_listen: self.metrics_listen.or(file.metrics_listen),
             backend: self.backend.or(file.backend),
             default_image: self.default_image.or(file.default_image),
             cpu_millicores: self.cpu_millicores.or(file.cpu_millicores),

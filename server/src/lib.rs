@@ -14,6 +14,8 @@ pub mod attach;
 pub mod auth;
 pub mod config;
 pub mod events;
+mod fault;
+pub mod metrics;
 pub mod problem;
 pub mod provision;
 pub mod reconcile;

@@ -2,12 +2,15 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use loom_server::{
     app::App,
     config::Settings,
-    provision::local::{self, supervisor},
+    provision::{
+        kubernetes,
+        local::{self, supervisor},
+    },
     store::Store,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,6 +29,8 @@ struct Cli {
 enum Command {
     /// Serves (what happens without a command, too).
     Serve,
+    /// Says whether the server has all that it needs of its cluster, and which rule is missing.
+    Check,
     /// Manages users.
     #[command(subcommand)]
     User(User),
@@ -55,6 +60,8 @@ enum User {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // The one provider for all that speaks TLS here; nobody else has installed one yet.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     // The stages of a local weaver fork, so nothing may have started a thread before them.
     let result = match cli.command {
         Some(Command::LocalPod { directory }) => supervisor::run(&directory).map(|()| ExitCode::SUCCESS),
@@ -62,6 +69,7 @@ fn main() -> ExitCode {
             local::init(probe).map(|code| ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
         }
         Some(Command::User(User::Add { name })) => blocking(add_user(cli.settings, name)),
+        Some(Command::Check) => blocking(check(cli.settings)),
         None | Some(Command::Serve) => blocking(serve(cli.settings)),
     };
     result.unwrap_or_else(|error| {
@@ -90,6 +98,12 @@ async fn serve(settings: Settings) -> Result<()> {
             }
         })
         .await
+}
+
+async fn check(settings: Settings) -> Result<()> {
+    let config = settings.resolve()?;
+    let kubernetes = config.kubernetes.context("there is nothing to check on the local backend")?;
+    kubernetes::check(&kubernetes).await
 }
 
 async fn add_user(settings: Settings, name: String) -> Result<()> {

@@ -199,7 +199,7 @@ pub async fn relay(
         let connection = app.relay.connect(key);
         let (sink, stream) = socket.split();
         let result = tokio::select! {
-            result = read(&app.relay, key, &connection, stream) => result,
+            result = read(&app, key, &connection, stream) => result,
             result = write(&connection, sink) => result,
             () = app.stopping.cancelled() => Ok(()),
         };
@@ -221,11 +221,12 @@ async fn owns(app: &AppState, caller: &Caller, key: WireGuardKey) -> Answer<bool
 
 /// Forwards what one connection sends.
 async fn read(
-    relay: &Relay,
+    app: &AppState,
     own: Key,
     connection: &Connection,
     mut stream: SplitStream<WebSocket>,
 ) -> anyhow::Result<()> {
+    let relay = &app.relay;
     let mut noticed: Option<Instant> = None;
     loop {
         let message =
@@ -236,6 +237,7 @@ async fn read(
         if !relay.may_talk(&own, &to) {
             continue;
         }
+        app.metrics.relay_bytes.inc_by(message.len() as u64);
         if let Some(receiver) = relay.connection(&to) {
             let mut forwarded = BytesMut::from(&message[..]);
             frame::set_peer(&mut forwarded, &own)?;

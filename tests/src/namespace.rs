@@ -35,7 +35,12 @@ impl Namespace {
         }
     }
 
-    fn create() -> Result<Self> {
+    /// A new namespace.
+    ///
+    /// # Errors
+    ///
+    /// When there is no cluster.
+    pub fn create() -> Result<Self> {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
@@ -88,6 +93,15 @@ impl Namespace {
     /// Shows what kubectl said.
     pub fn apply(&self, manifest: &str) -> Result<()> {
         self.kubectl_anywhere(&["--namespace", &self.name, "apply", "-f", "-"], manifest).map(drop)
+    }
+
+    /// Makes or changes what a manifest says, in the namespaces that it says.
+    ///
+    /// # Errors
+    ///
+    /// Shows what kubectl said.
+    pub fn apply_anywhere(&self, manifest: &str) -> Result<()> {
+        self.kubectl_anywhere(&["apply", "-f", "-"], manifest).map(drop)
     }
 
     fn kubectl_anywhere(&self, arguments: &[&str], input: &str) -> Result<String> {

@@ -15,6 +15,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{
+    cluster::pki,
     namespace::Namespace,
     processes::{self, Process},
     wait::eventually,
@@ -33,6 +34,8 @@ pub struct System {
     server: Option<Child>,
     /// Where the server listens, once it does; it comes back there.
     listen: String,
+    /// The address of a server that is not ours.
+    elsewhere: Option<String>,
     settings: Vec<(String, String)>,
     /// The namespace of the weavers, when they are pods.
     namespace: Option<Namespace>,
@@ -96,18 +99,47 @@ impl System {
         Self::prepare(binaries, settings, None)
     }
 
+    /// No server, only a user of one that runs somewhere else, with a certificate for `names` (as `subjectAltName` has
+    /// them) below [`System::path`]`("pki")` that the user trusts.
+    ///
+    /// # Errors
+    ///
+    /// When the binaries are not built.
+    pub fn of_another_server(url: &str, names: &str) -> Result<Self> {
+        let mut system = Self::without_server(&built_binaries()?, None)?;
+        system.elsewhere = Some(url.to_owned());
+        let certificates = system.path("pki");
+        fs::create_dir(&certificates)?;
+        pki::authority(&certificates)?;
+        pki::leaf(&certificates, "server", "/CN=loom-server", names)?;
+        Ok(system)
+    }
+
     fn prepare(binaries: &Path, settings: &[(&str, &str)], namespace: Option<Namespace>) -> Result<Self> {
+        let mut system = Self::without_server(binaries, namespace)?;
+        if let Some(namespace) = &system.namespace {
+            let port = free_port()?;
+            system.listen = format!("0.0.0.0:{port}");
+            system.settings = namespace.server_settings(system.directory.path(), port)?;
+        }
+        // What a test asks for counts more than what it has anyway.
+        system.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        system.start_server()?;
+        Ok(system)
+    }
+
+    fn without_server(binaries: &Path, namespace: Option<Namespace>) -> Result<Self> {
         for name in ["loom", "loom-server", "loom-agent"] {
             ensure!(binaries.join(name).exists(), "{name} is not in {}: run `cargo xtask test`", binaries.display());
         }
         // Short, because the path of a unix socket holds about a hundred bytes.
         let directory = tempfile::Builder::new().prefix("loom-").tempdir_in("/tmp")?;
-        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let mut system = Self {
+        let system = Self {
             directory,
             binaries: binaries.to_owned(),
             server: None,
             listen: "127.0.0.1:0".to_owned(),
+            elsewhere: None,
             settings: Vec::new(),
             namespace,
             keep: false,
@@ -118,14 +150,6 @@ impl System {
             fs::create_dir(system.path(private))?;
             set_mode(system.path(private), 0o700)?;
         }
-        if let Some(namespace) = &system.namespace {
-            let port = free_port()?;
-            system.listen = format!("0.0.0.0:{port}");
-            system.settings = namespace.server_settings(system.directory.path(), port)?;
-        }
-        // What a test asks for counts more than what it has anyway.
-        system.settings.extend(settings);
-        system.start_server()?;
         Ok(system)
     }
 
@@ -138,6 +162,9 @@ impl System {
     /// The server's address.
     #[must_use]
     pub fn url(&self) -> String {
+        if let Some(url) = &self.elsewhere {
+            return url.clone();
+        }
         match self.namespace {
             None => format!("http://{}", self.listen),
             Some(_) => format!("https://{}", self.listen.replace("0.0.0.0", "127.0.0.1")),
@@ -170,7 +197,7 @@ impl System {
             ("XDG_RUNTIME_DIR", directory("runtime")),
             ("LOOM_SERVER_URL", self.url()),
         ];
-        if self.namespace.is_some() {
+        if self.namespace.is_some() || self.elsewhere.is_some() {
             // The test's own authority signed the server's certificate.
             environment.extend(["SSL_CERT_FILE", "CURL_CA_BUNDLE"].map(|name| (name, directory("pki/ca.crt"))));
         }
@@ -355,6 +382,37 @@ impl System {
         Ok(())
     }
 
+    /// Waits until the server has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run, or does not end.
+    pub fn wait_for_server_end(&mut self) -> Result<()> {
+        let mut server = self.server.take().context("the server does not run")?;
+        let ended = eventually("the server to end by itself", PATIENCE, || Ok(server.try_wait()?));
+        if ended.is_err() {
+            self.server = Some(server);
+        }
+        ended.map(drop)
+    }
+
+    /// Changes what the server's environment will have from its next start on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// How many pods there are, of any weaver.
+    ///
+    /// # Errors
+    ///
+    /// When the cluster does not say.
+    pub fn count_pods(&self) -> Result<usize> {
+        Ok(match &self.namespace {
+            None => fs::read_dir(self.path("data/weavers")).map_or(0, Iterator::count),
+            Some(namespace) => namespace.pods()?.len(),
+        })
+    }
+
     /// Starts the server again, at the address it had.
     ///
     /// # Errors
@@ -415,11 +473,7 @@ impl System {
             self.run(&["delete", "--yes", weaver["id"].as_str().unwrap_or_default()])?;
         }
         eventually("the weavers' directories and pods to be removed", PATIENCE, || {
-            let left = match &self.namespace {
-                None => fs::read_dir(self.path("data/weavers")).map_or(0, Iterator::count),
-                Some(namespace) => namespace.pods()?.len(),
-            };
-            Ok((left == 0).then_some(()))
+            Ok((self.count_pods()? == 0).then_some(()))
         })?;
         if let Some(daemon) = self.daemon() {
             processes::signal(daemon.pid, Signal::TERM);

@@ -173,6 +173,18 @@ fn a_program_that_takes_too_much_memory_is_said_to_have_done_so() -> Result<()> 
 }
 
 #[test]
+fn what_the_node_does_is_told_as_it_comes() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let weaver = system.new_weaver(&[])?;
+    let events = system.run(&["events", &weaver.id])?;
+    assert!(events.contains("its node has the image") || events.contains("its node pulled the image in"), "{events}");
+    let weaver = create(&system, &json!({"image": registry::image("absent"), "command": ["true"]}))?;
+    let described = reason(&system, &weaver, "cannot be pulled")?;
+    assert_eq!(described["status"], "Failed", "there is nothing to wait for");
+    system.stop()
+}
+
+#[test]
 fn a_quota_is_named_and_when_it_has_room_the_weaver_starts() -> Result<()> {
     let system = System::start_on_kubernetes(&[])?;
     let namespace = namespace(&system)?;

@@ -1,6 +1,6 @@
 //! What dies and what goes on: a killed server, a killed agent, under live sessions.
 
-use std::time::Duration;
+use std::{process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result};
 use loom_tests::{System, eventually, system::PATIENCE, terminal::Terminal};
@@ -72,7 +72,7 @@ fn a_killed_agent_costs_no_shell_and_ssh_returns() -> Result<()> {
 fn a_server_killed_while_a_weaver_is_made_finishes_it_later() -> Result<()> {
     let mut system = System::start()?;
     let mut creating =
-        system.loom(&["new", "--no-attach", "--name", "early"]).stderr(std::process::Stdio::null()).spawn()?;
+        system.loom(&["new", "--no-attach", "--name", "early"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     eventually("the weaver's row", PATIENCE, || {
         let list = system.json(&["ps", "--json"])?;
         Ok(list.as_array().is_some_and(|list| !list.is_empty()).then_some(()))
@@ -90,4 +90,67 @@ fn a_server_killed_while_a_weaver_is_made_finishes_it_later() -> Result<()> {
     assert_eq!(described["name"], "early");
     assert_eq!(system.run(&["exec", "early", "--", "echo", "in"])?, "in\n");
     system.stop()
+}
+
+/// Starts a server that dies at a point.
+fn start_with_fault(point: &str) -> Result<System> {
+    System::start_with(&[("LOOM_SERVER_FAULT", point)])
+}
+
+/// Waits for the server's death, and starts it without a fault.
+fn revive(system: &mut System) -> Result<()> {
+    system.wait_for_server_end()?;
+    system.set("LOOM_SERVER_FAULT", "");
+    system.start_server()
+}
+
+#[test]
+fn a_server_killed_between_any_two_writes_of_a_start_makes_one_weaver() -> Result<()> {
+    for point in ["weaver-recorded", "image-pinned", "pod-made"] {
+        let mut system = start_with_fault(point)?;
+        let on_kubernetes = system.namespace().is_some();
+        if point == "image-pinned" && !on_kubernetes {
+            continue; // the local backend has no images
+        }
+        // Its client goes on through the server's death, with the same key.
+        let mut creating = system
+            .loom(&["new", "--no-attach", "--name", "one"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        revive(&mut system).with_context(|| format!("at {point}"))?;
+        let listed = eventually("the weaver to run", PATIENCE, || {
+            let list = system.json(&["ps", "--json"])?;
+            let list = list.as_array().context("an array")?;
+            assert!(list.len() <= 1, "{point}: one weaver, not more: {list:?}");
+            Ok(list.first().filter(|weaver| weaver["status"] == "Running").cloned())
+        })
+        .with_context(|| format!("at {point}"))?;
+        assert_eq!(listed["name"], "one");
+        assert_eq!(system.count_pods()?, 1, "{point}");
+        let _ = creating.kill();
+        creating.wait()?;
+        assert_eq!(system.run(&["exec", "one", "--", "echo", "in"])?, "in\n");
+        system.stop().with_context(|| format!("at {point}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_server_killed_between_any_two_writes_of_an_end_leaves_nothing() -> Result<()> {
+    for point in ["end-recorded", "grants-removed", "pod-removed"] {
+        let mut system = start_with_fault(point)?;
+        let weaver = system.new_weaver(&[])?;
+        system.run(&["exec", &weaver.id, "--", "true"])?;
+        // Its answer is lost with the server, and that is no promise broken.
+        let _ = system.output(&["delete", "--yes", &weaver.id])?;
+        revive(&mut system).with_context(|| format!("at {point}"))?;
+        eventually("the pod to be gone", PATIENCE, || Ok((system.count_pods()? == 0).then_some(())))
+            .with_context(|| format!("at {point}"))?;
+        assert_eq!(system.json(&["ps", "--json"])?, serde_json::json!([]), "{point}");
+        let code = system.output(&["exec", &weaver.id, "--", "true"])?.status.code();
+        assert_eq!(code, Some(255), "{point}: nobody comes in any more");
+        system.stop().with_context(|| format!("at {point}"))?;
+    }
+    Ok(())
 }

@@ -17,6 +17,7 @@ use crate::{
     agents::Hub,
     app::AppState,
     auth::UserCaller,
+    fault,
     problem::{Answer, Problem},
     reconcile,
     secrets::hash,
@@ -72,6 +73,7 @@ pub async fn create(
             .hint("choose another --name, or delete the other weaver")),
         };
     }
+    fault::point("weaver-recorded");
     let row = app.store.weaver(new.id).await?.ok_or_else(|| anyhow::anyhow!("a new weaver's row is gone"))?;
     app.events.write(new.id, EventKind::Created, format!("{} made it from {}", caller.user.name, row.image)).await;
     app.reconciler.ring(new.id).await;

@@ -59,6 +59,8 @@ pub struct PodObservation {
     pub reason: Option<String>,
     /// The main program's exit code, or 128 plus the signal.
     pub exit_code: Option<i32>,
+    /// Whether it is being removed, by us or by somebody else.
+    pub is_leaving: bool,
 }
 
 /// Why a backend did not do what was asked.
@@ -95,12 +97,12 @@ pub trait Provisioner: Send + Sync + 'static {
     /// [`ProvisionError`].
     async fn ensure(&self, spec: &PodSpec) -> Result<(), ProvisionError>;
 
-    /// Ends the pod of a weaver, and returns when nothing of it is left.
+    /// Ends the pod of a weaver. Whether nothing of it is left; if something is, its end is a change that is told.
     ///
     /// # Errors
     ///
     /// [`ProvisionError`].
-    async fn remove(&self, weaver: WeaverId) -> Result<(), ProvisionError>;
+    async fn remove(&self, weaver: WeaverId) -> Result<bool, ProvisionError>;
 
     /// The pod of a weaver, if there is one.
     ///

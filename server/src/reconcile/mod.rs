@@ -27,6 +27,7 @@ use tokio::{
 
 use crate::{
     app::AppState,
+    fault,
     provision::{PodPhase, PodSpec, ProvisionError},
     store::{EndedBy, WeaverRow},
 };
@@ -36,7 +37,7 @@ const WORKERS: usize = 8;
 /// Before the first new try after a failure; doubles to [`MOST_BACK_OFF`].
 const BACK_OFF: Duration = Duration::from_millis(500);
 /// See [`BACK_OFF`].
-const MOST_BACK_OFF: Duration = Duration::from_secs(30);
+const MOST_BACK_OFF: Duration = Duration::from_secs(10);
 
 /// The reconciler's door bell. Cheap to clone.
 #[derive(Clone)]
@@ -87,11 +88,12 @@ pub async fn run(app: AppState, mut bell: mpsc::Receiver<WeaverId>) {
             && let Some(entry) = due.first_entry()
             && entry.key().0 <= Instant::now()
         {
-            let (_, weaver) = entry.remove_entry().0;
+            let (at, weaver) = entry.remove_entry().0;
             if !working.insert(weaver) {
                 again.insert(weaver);
                 continue;
             }
+            app.metrics.reconcile_lag.observe(at.elapsed().as_secs_f64());
             let app = app.clone();
             workers.spawn(async move { (weaver, reconcile(&app, weaver).await) });
         }
@@ -113,6 +115,7 @@ pub async fn run(app: AppState, mut bell: mpsc::Receiver<WeaverId>) {
                         let count = failures.entry(weaver).or_default();
                         let wait = (BACK_OFF * 2_u32.saturating_pow(*count)).min(MOST_BACK_OFF);
                         *count = (*count + 1).min(16);
+                        app.metrics.reconcile_failures.inc();
                         tracing::warn!(%weaver, "tried again in {wait:?}: {error:#}");
                         due.insert((Instant::now() + wait, weaver), ());
                     }
@@ -147,16 +150,27 @@ pub async fn reconcile(app: &AppState, weaver: WeaverId) -> Result<()> {
     let Some(row) = row.filter(|row| row.wanted) else {
         // Deleted, ended, or never ours: there must be nothing. The agent may say its last words, or it would wait for
         // us to hear them.
-        let removed = app.provisioner.remove(weaver).await;
-        app.agents.disconnect(weaver);
-        return Ok(removed?);
+        let gone = app.provisioner.remove(weaver).await?;
+        fault::point("pod-removed");
+        if gone {
+            app.agents.disconnect(weaver);
+        }
+        return Ok(());
     };
-    match app.provisioner.observe(weaver).await? {
+    let pod = match app.provisioner.observe(weaver).await {
+        Ok(pod) => pod,
+        Err(error) => return later(app, &row, "it is not known how its pod is", error).await,
+    };
+    match pod {
         None if row.agent_version.is_some() => {
             let reason = "its pod is gone: it was removed from outside of Loom".to_owned();
             end(app, weaver, End::Failed { reason }).await
         }
         None => make(app, &row).await,
+        Some(pod) if pod.is_leaving && !pod.phase.is_final() => {
+            let reason = "its pod is being removed from outside of Loom".to_owned();
+            end(app, weaver, End::Failed { reason }).await
+        }
         Some(pod) => match (pod.phase, pod.exit_code) {
             (phase @ (PodPhase::Pending | PodPhase::Running), _) => {
                 if let Some(reason) = pod.reason.filter(|_| phase == PodPhase::Pending) {
@@ -187,17 +201,24 @@ async fn make(app: &AppState, row: &WeaverRow) -> Result<()> {
     }
     match app.provisioner.ensure(&pod_spec(row)).await {
         Ok(()) => {
+            fault::point("pod-made");
             app.events.write(row.id, EventKind::Started, "its processes have been started").await;
             // It may have been deleted while it was made; then it has to go again.
             app.reconciler.ring(row.id).await;
             Ok(())
         }
         Err(ProvisionError::Refused(reason)) => end(app, row.id, End::Failed { reason }).await,
-        Err(error) => {
-            note(app, row, format!("it cannot be started yet: {error}")).await?;
-            Err(error.into())
-        }
+        Err(error) => later(app, row, "it cannot be started yet", error).await,
     }
+}
+
+/// Says why the next step of a weaver that is being made has to wait, and fails with that.
+async fn later(app: &AppState, row: &WeaverRow, what: &str, error: ProvisionError) -> Result<()> {
+    // One that runs has nothing to wait for.
+    if row.agent_version.is_none() {
+        note(app, row, format!("{what}: {error}")).await?;
+    }
+    Err(error.into())
 }
 
 /// Finds out what the image is, and writes it down before there is a pod: what a weaver runs must not change with the
@@ -215,10 +236,7 @@ async fn resolve(app: &AppState, row: &WeaverRow) -> Result<bool> {
             end(app, row.id, End::Failed { reason }).await?;
             return Ok(false);
         }
-        Err(error) => {
-            note(app, row, format!("its image is not known yet: {error}")).await?;
-            return Err(error.into());
-        }
+        Err(error) => return later(app, row, "its image is not known yet", error).await.map(|()| false),
     };
     if row.command.is_none() && image.command.is_empty() {
         let reason = format!("the image {} names no program to run: give one, with loom new … -- CMD", row.image);
@@ -231,6 +249,7 @@ async fn resolve(app: &AppState, row: &WeaverRow) -> Result<bool> {
         row.ended_at.is_none()
     };
     app.store.change_weaver(row.id, found).await?;
+    fault::point("image-pinned");
     Ok(false)
 }
 
@@ -308,6 +327,7 @@ pub async fn remove(app: &AppState, weaver: WeaverId, by: EndedBy, reason: Strin
         first
     };
     app.store.change_weaver(weaver, change).await?;
+    fault::point("end-recorded");
     if first {
         let kind = if by == EndedBy::Deadline { EventKind::Expired } else { EventKind::Deleted };
         app.events.write(weaver, kind, reason).await;
@@ -319,7 +339,9 @@ pub async fn remove(app: &AppState, weaver: WeaverId, by: EndedBy, reason: Strin
 /// Cuts an ended weaver off, and has its pod removed.
 async fn clean_up(app: &AppState, weaver: WeaverId) -> Result<()> {
     // At once: until its pod is gone, the weaver could still be reached.
-    for public_key in app.store.remove_grants(weaver).await? {
+    let grants = app.store.remove_grants(weaver).await?;
+    fault::point("grants-removed");
+    for public_key in grants {
         app.agents.send(weaver, ServerMessage::Revoke { public_key });
     }
     app.relay.load(&app.store).await?;

@@ -45,7 +45,7 @@ macro_rules! select_grants {
     () => {
         "SELECT g.weaver_id, g.public_key, d.address, g.candidates, g.expires_at, u.name \
          FROM grants g JOIN devices d ON d.public_key = g.public_key JOIN users u ON u.id = d.user_id \
-         WHERE g.expires_at > ?"
+         JOIN weavers w ON w.id = g.weaver_id WHERE w.ended_at IS NULL AND g.expires_at > ?"
     };
 }
 

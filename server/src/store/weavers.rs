@@ -245,6 +245,17 @@ impl Store {
             .await
     }
 
+    /// How many weavers have not ended, by status.
+    ///
+    /// # Errors
+    ///
+    /// The database's.
+    pub async fn count_by_status(&self) -> sqlx::Result<Vec<(String, i64)>> {
+        sqlx::query_as("SELECT status, COUNT(*) FROM weavers WHERE ended_at IS NULL GROUP BY status")
+            .fetch_all(&self.pool)
+            .await
+    }
+
     /// All weavers that have not ended.
     ///
     /// # Errors

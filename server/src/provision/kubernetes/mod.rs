@@ -1,23 +1,21 @@
 //! Weavers as Kubernetes pods.
 //!
-//! One watch on the namespace's weaver pods keeps what is known of each; the reconciler is told of every change, and at
-//! rest nothing is asked. Pods have deterministic names, so making one that is there already is no mistake. What a pod
-//! looks like is in [`pod`]; what is read from one, with the reason in words, is in [`observation`]; what an image is, in
-//! [`image`]. Agents prove who they are with a projected service-account token, which the API server reviews.
+//! One watch on the namespace's weaver pods, and one on what Kubernetes says of them ([`watch`]), keep what is known of
+//! each; the reconciler is told of every change, and at rest nothing is asked. Pods have deterministic names, so making
+//! one that is there already is no mistake. What a pod looks like is in [`pod`]; what is read from one, with the reason
+//! in words, is in [`observation`]; what an image is, in [`image`]. Agents prove who they are with a projected
+//! service-account token, which the API server reviews.
 
 mod image;
 mod observation;
 mod pod;
+pub mod rights;
+mod watch;
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context as _, Result, bail};
 use async_trait::async_trait;
-use futures_util::StreamExt as _;
 use k8s_openapi::api::{
     authentication::v1::{TokenReview, TokenReviewSpec, UserInfo},
     core::v1::Pod,
@@ -25,25 +23,15 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, PostParams},
-    runtime::{
-        WatchStreamExt as _,
-        wait::{await_condition, conditions::is_deleted},
-        watcher,
-    },
 };
 use loom_api::{Secret, WeaverId};
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage};
 use crate::config::KubernetesConfig;
 use image::Images;
+use watch::Seen;
 
-/// How long a pod may take to be gone after it was deleted; then the reconciler tries again.
-const DELETION: Duration = Duration::from_secs(60);
 /// Seconds a pod's processes have to end by themselves. The host kills what is left before.
 const GRACE_SECONDS: u32 = 5;
 /// Where the API server says which pod a token belongs to (TokenReview's `extra`).
@@ -60,26 +48,8 @@ pub struct Kubernetes {
     authorities: Option<String>,
     seen: Arc<Seen>,
     images: Images,
-    /// Ends the watch when it is dropped.
+    /// Ends the watches when it is dropped.
     _watching: JoinSet<()>,
-}
-
-/// What the watch has seen.
-struct Seen {
-    pods: Mutex<HashMap<WeaverId, PodObservation>>,
-    /// All pods have been listed once.
-    listed: watch::Sender<bool>,
-}
-
-impl Seen {
-    fn pods(&self) -> MutexGuard<'_, HashMap<WeaverId, PodObservation>> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn listed(&self) {
-        // The sender is ours.
-        let _ = self.listed.subscribe().wait_for(|listed| *listed).await;
-    }
 }
 
 impl Kubernetes {
@@ -90,26 +60,77 @@ impl Kubernetes {
     ///
     /// When there is no cluster to be reached, or not the namespace.
     pub async fn start(config: KubernetesConfig, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
-        let client = Client::try_default()
-            .await
-            .context("no Kubernetes cluster is configured: set KUBECONFIG, or run in a pod with a service account")?;
+        let client = connect().await?;
         check_namespace(&client, &config.namespace).await?;
+        for right in rights::missing(&client, &config).await? {
+            tracing::warn!("this server may not {right}, which it needs {}", right.why);
+        }
         let authorities = match &config.agent_ca {
             Some(path) => Some(std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?),
             None => None,
         };
         let pods = Api::namespaced(client.clone(), &config.namespace);
-        let seen = Arc::new(Seen { pods: Mutex::default(), listed: watch::Sender::new(false) });
+        let seen = Arc::new(Seen::default());
         let mut watching = JoinSet::new();
-        watching.spawn(follow(pods.clone(), Arc::clone(&seen), changes));
+        watching.spawn(watch::pods(pods.clone(), Arc::clone(&seen), changes.clone()));
+        watching.spawn(watch::events(Api::namespaced(client.clone(), &config.namespace), Arc::clone(&seen), changes));
         let images = Images::new(client.clone(), &config);
         Ok(Self { client, pods, config, authorities, seen, images, _watching: watching })
     }
 
     /// The pod as the API server has it now.
     async fn get(&self, weaver: WeaverId) -> Result<Option<Pod>, ProvisionError> {
-        let pod = self.pods.get_opt(&pod::name(weaver)).await.context("asking for a pod")?;
+        let pod = self.pods.get_opt(&pod::name(weaver)).await.map_err(failure)?;
         Ok(pod.filter(|pod| pod::weaver(pod) == Some(weaver)))
+    }
+}
+
+/// Connects to the cluster of the kubeconfig, or to the one that the server runs in.
+///
+/// # Errors
+///
+/// When neither is there.
+pub async fn connect() -> Result<Client> {
+    Client::try_default()
+        .await
+        .context("no Kubernetes cluster is configured: set KUBECONFIG, or run in a pod with a service account")
+}
+
+/// Looks at everything that the server needs of the cluster, and prints what it found.
+///
+/// # Errors
+///
+/// When something is missing; all of it was printed.
+pub async fn check(config: &KubernetesConfig) -> Result<()> {
+    let client = connect().await?;
+    let version = client.apiserver_version().await.context("the Kubernetes API server cannot be used")?;
+    println!("ok       Kubernetes {}.{}", version.major, version.minor);
+    let mut problems = 0;
+    match check_namespace(&client, &config.namespace).await {
+        Ok(()) => println!("ok       the namespace {}", config.namespace),
+        Err(error) => {
+            println!("MISSING  {error:#}");
+            problems += 1;
+        }
+    }
+    let missing = rights::missing(&client, config).await?;
+    for right in rights::needed(config) {
+        if missing.contains(&right) {
+            println!("MISSING  the right to {right}, {}", right.why);
+            problems += 1;
+        } else {
+            println!("ok       the right to {right}");
+        }
+    }
+    match Images::new(client, config).resolve(&config.agent_image).await {
+        Ok(image) => println!("ok       the agent's image, {}", image.pinned),
+        // Its nodes may have it all the same.
+        Err(error) => println!("unknown  {error}"),
+    }
+    match problems {
+        0 => Ok(()),
+        1 => bail!("one thing is missing; deploy/manifests.yaml has all rules"),
+        more => bail!("{more} things are missing; deploy/manifests.yaml has all rules"),
     }
 }
 
@@ -131,57 +152,6 @@ async fn check_namespace(client: &Client, namespace: &str) -> Result<()> {
     Ok(())
 }
 
-/// Keeps `seen` up to date, for ever.
-async fn follow(pods: Api<Pod>, seen: Arc<Seen>, changes: mpsc::Sender<WeaverId>) {
-    let config = watcher::Config::default().labels(pod::SELECTOR);
-    let mut events = std::pin::pin!(watcher(pods, config).default_backoff());
-    let mut listing = HashMap::new();
-    while let Some(event) = events.next().await {
-        let changed: HashSet<WeaverId> = match event {
-            Ok(watcher::Event::Init) => {
-                listing.clear();
-                continue;
-            }
-            Ok(watcher::Event::InitApply(pod)) => {
-                listing.extend(observation::of(&pod).map(|seen| (seen.weaver, seen)));
-                continue;
-            }
-            Ok(watcher::Event::InitDone) => {
-                let before = std::mem::replace(&mut *seen.pods(), std::mem::take(&mut listing));
-                seen.listed.send_replace(true);
-                let after = seen.pods();
-                before.keys().chain(after.keys()).copied().collect()
-            }
-            Ok(watcher::Event::Apply(pod)) => match observation::of(&pod) {
-                Some(observed) => {
-                    let weaver = observed.weaver;
-                    let before = seen.pods().insert(weaver, observed.clone());
-                    if before.as_ref() == Some(&observed) {
-                        continue;
-                    }
-                    HashSet::from([weaver])
-                }
-                None => continue,
-            },
-            Ok(watcher::Event::Delete(pod)) => match pod::weaver(&pod) {
-                Some(weaver) => {
-                    seen.pods().remove(&weaver);
-                    HashSet::from([weaver])
-                }
-                None => continue,
-            },
-            Err(error) => {
-                tracing::warn!("the watch on pods broke and is made anew: {error}");
-                continue;
-            }
-        };
-        for weaver in changed {
-            // The reconciler is gone when the server ends.
-            let _ = changes.send(weaver).await;
-        }
-    }
-}
-
 #[async_trait]
 impl Provisioner for Kubernetes {
     fn name(&self) -> &'static str {
@@ -198,7 +168,7 @@ impl Provisioner for Kubernetes {
 
     async fn ensure(&self, spec: &PodSpec) -> Result<(), ProvisionError> {
         self.seen.listed().await;
-        if self.seen.pods().contains_key(&spec.weaver) {
+        if self.seen.pod(spec.weaver).is_some() {
             return Ok(());
         }
         let pod = pod::build(spec, &self.config, self.authorities.as_deref());
@@ -209,32 +179,36 @@ impl Provisioner for Kubernetes {
             Err(kube::Error::Api(status)) if status.code == 422 => {
                 Err(ProvisionError::Refused(format!("Kubernetes does not take its pod: {}", status.message)))
             }
-            Err(kube::Error::Api(status)) => Err(anyhow::anyhow!("{}", status.message).into()),
-            Err(error) => Err(anyhow::Error::from(error).context("the Kubernetes API server cannot be reached").into()),
+            Err(error) => Err(failure(error)),
         }
     }
 
-    async fn remove(&self, weaver: WeaverId) -> Result<(), ProvisionError> {
-        let Some(pod) = self.get(weaver).await? else { return Ok(()) };
-        let uid = pod.uid().unwrap_or_default();
-        let name = pod.name_any();
-        let parameters = DeleteParams::default().grace_period(GRACE_SECONDS);
-        match self.pods.delete(&name, &parameters).await {
-            Ok(_) => {}
-            Err(kube::Error::Api(status)) if status.code == 404 => return Ok(()),
-            Err(error) => return Err(anyhow::Error::from(error).context("deleting a pod").into()),
+    async fn remove(&self, weaver: WeaverId) -> Result<bool, ProvisionError> {
+        self.seen.listed().await;
+        let known = match self.seen.pod(weaver) {
+            Some(known) => known,
+            // One that was made a moment ago may not have been seen yet.
+            None => match self.get(weaver).await? {
+                Some(pod) => observation::of(&pod).context("a pod of no weaver")?,
+                None => return Ok(true),
+            },
+        };
+        if known.is_leaving {
+            return Ok(false);
         }
-        timeout(DELETION, await_condition(self.pods.clone(), &name, is_deleted(&uid)))
-            .await
-            .context("its pod does not end; is its node gone?")?
-            .context("waiting for a pod's end")?;
-        Ok(())
+        let parameters = DeleteParams::default().grace_period(GRACE_SECONDS);
+        match self.pods.delete(&pod::name(weaver), &parameters).await {
+            Ok(_) => Ok(false),
+            // The watch says so, too, in a moment.
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+            Err(error) => Err(failure(error)),
+        }
     }
 
     async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError> {
         self.seen.listed().await;
-        if let Some(seen) = self.seen.pods().get(&weaver) {
-            return Ok(Some(seen.clone()));
+        if let Some(seen) = self.seen.pod(weaver) {
+            return Ok(Some(seen));
         }
         // The watch may be behind: that a pod is gone is believed from the API server only.
         Ok(self.get(weaver).await?.as_ref().and_then(observation::of))
@@ -242,7 +216,7 @@ impl Provisioner for Kubernetes {
 
     async fn list(&self) -> Result<Vec<WeaverId>, ProvisionError> {
         self.seen.listed().await;
-        Ok(self.seen.pods().keys().copied().collect())
+        Ok(self.seen.weavers())
     }
 
     async fn verify_credential(&self, weaver: WeaverId, credential: &Secret) -> Result<bool, ProvisionError> {
@@ -254,7 +228,7 @@ impl Provisioner for Kubernetes {
             },
             ..TokenReview::default()
         };
-        let review = reviews.create(&PostParams::default(), &request).await.context("asking for a token's review")?;
+        let review = reviews.create(&PostParams::default(), &request).await.map_err(failure)?;
         let status = review.status.unwrap_or_default();
         let for_us = status.audiences.iter().flatten().any(|audience| audience == pod::AUDIENCE);
         if status.authenticated != Some(true) || !for_us {
@@ -268,6 +242,17 @@ impl Provisioner for Kubernetes {
             && Some(bearer.uid) == pod.uid().as_deref()
             && pod.metadata.deletion_timestamp.is_none()
             && observation::of(&pod).is_some_and(|seen| !seen.phase.is_final()))
+    }
+}
+
+/// What the API server said, or that it said nothing.
+fn failure(error: kube::Error) -> ProvisionError {
+    match error {
+        kube::Error::Api(status) => anyhow::anyhow!("{}", status.message).into(),
+        error => {
+            let error = anyhow::Error::from(error);
+            anyhow::anyhow!("the Kubernetes API server cannot be reached: {}", error.root_cause()).into()
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a pod's status means, in words that its user can act on.
 
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Event, Pod, PodStatus};
+use loom_api::WeaverId;
 
 use super::pod;
 use crate::provision::{PodObservation, PodPhase};
@@ -14,12 +15,42 @@ pub(super) fn of(pod: &Pod) -> Option<PodObservation> {
     let empty = PodStatus::default();
     let status = pod.status.as_ref().unwrap_or(&empty);
     let (phase, reason, exit_code) = judge(status);
-    Some(PodObservation { weaver, phase, reason, exit_code })
+    let is_leaving = pod.metadata.deletion_timestamp.is_some();
+    Some(PodObservation { weaver, phase, reason, exit_code, is_leaving })
+}
+
+/// What an event tells of a weaver's pod that its state does not.
+pub(super) fn progress(event: &Event) -> Option<(WeaverId, String)> {
+    let weaver = pod::named(event.involved_object.name.as_deref()?)?;
+    let message = event.message.as_deref().unwrap_or_default();
+    let of_user = event.involved_object.field_path.as_deref() == Some("spec.containers{weaver}");
+    let words = match event.reason.as_deref()? {
+        "Pulling" if of_user => "its node pulls the image".to_owned(),
+        "Pulled" if of_user => match pull_time(message) {
+            Some(time) => format!("its node pulled the image in {time}"),
+            None => "its node has the image".to_owned(),
+        },
+        "FailedMount" | "FailedAttachVolume" | "FailedCreatePodSandBox" => {
+            format!("its node cannot prepare it yet: {message}")
+        }
+        _ => return None,
+    };
+    Some((weaver, words))
+}
+
+/// The time in the kubelet's words: `Successfully pulled image "…" in 9.4s (9.4s including waiting). …`.
+fn pull_time(message: &str) -> Option<&str> {
+    let (_, rest) = message.strip_prefix("Successfully pulled image")?.rsplit_once(" in ")?;
+    rest.split(' ').next()
 }
 
 fn judge(status: &PodStatus) -> (PodPhase, Option<String>, Option<i32>) {
     let user = container(status.container_statuses.as_deref(), pod::WEAVER);
     let agent = container(status.init_container_statuses.as_deref(), pod::AGENT);
+    // Its node's end is written by the control plane, and the phase stays as it was.
+    if status.reason.as_deref() == Some("NodeLost") {
+        return (PodPhase::Failed, Some("its node is lost".to_owned()), None);
+    }
     // The pod's own end comes before its containers': evicted, past its deadline, its node shut down.
     if status.phase.as_deref() == Some("Failed")
         && let Some(reason) = &status.reason
@@ -152,5 +183,23 @@ mod tests {
         assert!(reason.unwrap().contains("memory"));
         let (_, reason, _) = judged(json!({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}));
         assert!(reason.unwrap().contains("low on disk"));
+    }
+
+    #[test]
+    fn pulling_is_told_with_its_time_and_other_pods_are_nobodys() {
+        let event = |name: &str, reason: &str, message: &str| {
+            let event = json!({
+                "metadata": {}, "reason": reason, "message": message,
+                "involvedObject": {"kind": "Pod", "name": name, "fieldPath": "spec.containers{weaver}"},
+            });
+            progress(&serde_json::from_value(event).unwrap()).map(|(_, words)| words)
+        };
+        let name = "weaver-01890000-0000-7000-8000-000000000000";
+        let pulled = "Successfully pulled image \"a in b\" in 9.4s (9.5s including waiting). Image size: 7 bytes.";
+        assert_eq!(event(name, "Pulled", pulled).unwrap(), "its node pulled the image in 9.4s");
+        assert_eq!(event(name, "Pulled", "Container image already present").unwrap(), "its node has the image");
+        assert!(event(name, "FailedMount", "no disk").unwrap().contains("no disk"));
+        assert_eq!(event(name, "Created", ""), None);
+        assert_eq!(event("postgres-0", "Pulling", ""), None);
     }
 }

@@ -52,6 +52,11 @@ pub(super) fn name(weaver: WeaverId) -> String {
     format!("weaver-{}", weaver.uuid())
 }
 
+/// The weaver whose pod has this name.
+pub(super) fn named(name: &str) -> Option<WeaverId> {
+    format!("W-{}", name.strip_prefix("weaver-")?).parse().ok()
+}
+
 /// Whose pod it is, by its label.
 pub(super) fn weaver(pod: &Pod) -> Option<WeaverId> {
     let weaver: WeaverId = pod.labels().get(WEAVER_ID)?.parse().ok()?;

@@ -255,14 +255,15 @@ impl Provisioner for Local {
         Ok(self.watch(spec.weaver)?)
     }
 
-    async fn remove(&self, weaver: WeaverId) -> Result<(), ProvisionError> {
+    async fn remove(&self, weaver: WeaverId) -> Result<bool, ProvisionError> {
         let directory = self.weaver_directory(weaver);
         self.end_supervisor(&directory).await?;
         if let Some(task) = self.watched.lock().unwrap_or_else(PoisonError::into_inner).remove(&weaver) {
             task.abort();
         }
         let removed = tokio::task::spawn_blocking(move || remove_tree(&directory)).await;
-        Ok(removed.context("removing a directory")??)
+        removed.context("removing a directory")??;
+        Ok(true)
     }
 
     async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError> {
@@ -284,7 +285,7 @@ impl Provisioner for Local {
             // A crash came between making the directory and starting the supervisor: as if it were not there.
             None => return Ok(None),
         };
-        Ok(Some(PodObservation { weaver, phase, reason, exit_code }))
+        Ok(Some(PodObservation { weaver, phase, reason, exit_code, is_leaving: false }))
     }
 
     async fn list(&self) -> Result<Vec<WeaverId>, ProvisionError> {

@@ -1,0 +1,166 @@
+//! What is known of the weavers' pods without asking: two watches, one on the pods and one on what Kubernetes says of
+//! them in events.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use futures_util::StreamExt as _;
+use k8s_openapi::{api::core::v1, apimachinery::pkg::apis::meta::v1::MicroTime, jiff::Timestamp};
+use kube::{
+    Api,
+    runtime::{WatchStreamExt as _, watcher},
+};
+use loom_api::WeaverId;
+use tokio::sync::{mpsc, watch};
+
+use super::{observation, pod};
+use crate::provision::{PodObservation, PodPhase};
+
+/// What the watches have seen.
+pub(super) struct Seen {
+    known: Mutex<Known>,
+    /// All pods have been listed once.
+    listed: watch::Sender<bool>,
+}
+
+#[derive(Default)]
+struct Known {
+    pods: HashMap<WeaverId, PodObservation>,
+    /// The newest thing that an event tells of each pod on its way; for pods only.
+    progress: HashMap<WeaverId, Progress>,
+}
+
+struct Progress {
+    at: Option<Timestamp>,
+    words: String,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { known: Mutex::default(), listed: watch::Sender::new(false) }
+    }
+}
+
+impl Seen {
+    /// Waits until all pods are known.
+    pub(super) async fn listed(&self) {
+        // The sender is ours.
+        let _ = self.listed.subscribe().wait_for(|listed| *listed).await;
+    }
+
+    /// The pod of a weaver.
+    pub(super) fn pod(&self, weaver: WeaverId) -> Option<PodObservation> {
+        let known = self.known();
+        let mut pod = known.pods.get(&weaver)?.clone();
+        // A pod's own state says more, when it says something.
+        if pod.phase == PodPhase::Pending && pod.reason.is_none() {
+            pod.reason = known.progress.get(&weaver).map(|progress| progress.words.clone());
+        }
+        Some(pod)
+    }
+
+    /// Every weaver that has a pod.
+    pub(super) fn weavers(&self) -> Vec<WeaverId> {
+        self.known().pods.keys().copied().collect()
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Replaces what is known of all pods; the weavers that this changes something for.
+    fn replace(&self, pods: HashMap<WeaverId, PodObservation>) -> HashSet<WeaverId> {
+        let mut known = self.known();
+        let changed = known.pods.keys().chain(pods.keys()).copied().collect();
+        known.progress.retain(|weaver, _| pods.contains_key(weaver));
+        known.pods = pods;
+        self.listed.send_replace(true);
+        changed
+    }
+}
+
+/// Watches the pods, for ever; `changes` gets each weaver whose pod has changed.
+pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<Seen>, changes: mpsc::Sender<WeaverId>) {
+    let config = watcher::Config::default().labels(pod::SELECTOR);
+    let mut events = std::pin::pin!(watcher(pods, config).default_backoff());
+    let mut listing = HashMap::new();
+    while let Some(event) = events.next().await {
+        let changed = match event {
+            Ok(watcher::Event::Init) => {
+                listing.clear();
+                HashSet::new()
+            }
+            Ok(watcher::Event::InitApply(pod)) => {
+                listing.extend(observation::of(&pod).map(|pod| (pod.weaver, pod)));
+                HashSet::new()
+            }
+            Ok(watcher::Event::InitDone) => seen.replace(std::mem::take(&mut listing)),
+            Ok(watcher::Event::Apply(pod)) => observation::of(&pod)
+                .filter(|pod| seen.known().pods.insert(pod.weaver, pod.clone()).as_ref() != Some(pod))
+                .map(|pod| pod.weaver)
+                .into_iter()
+                .collect(),
+            Ok(watcher::Event::Delete(pod)) => {
+                let weaver = pod::weaver(&pod);
+                if let Some(weaver) = weaver {
+                    let mut known = seen.known();
+                    known.pods.remove(&weaver);
+                    known.progress.remove(&weaver);
+                }
+                weaver.into_iter().collect()
+            }
+            Err(error) => {
+                tracing::warn!("the watch on pods broke and is made anew: {error}");
+                HashSet::new()
+            }
+        };
+        for weaver in changed {
+            // The reconciler is gone when the server ends.
+            let _ = changes.send(weaver).await;
+        }
+    }
+}
+
+/// Watches what Kubernetes says of the pods, for ever; `changes` gets each weaver that there is news of.
+pub(super) async fn events(events: Api<v1::Event>, seen: Arc<Seen>, changes: mpsc::Sender<WeaverId>) {
+    let config = watcher::Config::default().fields("involvedObject.kind=Pod");
+    let mut events = std::pin::pin!(watcher(events, config).default_backoff());
+    while let Some(event) = events.next().await {
+        let event = match event {
+            Ok(watcher::Event::InitApply(event) | watcher::Event::Apply(event)) => event,
+            Ok(_) => continue,
+            Err(error) => {
+                // Weavers run without it; only their reasons are poorer.
+                tracing::warn!("the watch on events broke and is made anew: {error}");
+                continue;
+            }
+        };
+        let Some((weaver, words)) = observation::progress(&event) else { continue };
+        let at = time(&event);
+        let is_news = {
+            let mut known = seen.known();
+            // Events are told again whenever the watch is made anew, and outlive their pods.
+            let older = known.progress.get(&weaver).is_some_and(|earlier| at <= earlier.at);
+            let has_pod = known.pods.contains_key(&weaver);
+            if has_pod && !older {
+                known.progress.insert(weaver, Progress { at, words });
+            }
+            has_pod && !older
+        };
+        if is_news {
+            let _ = changes.send(weaver).await;
+        }
+    }
+}
+
+/// When an event happened last.
+fn time(event: &v1::Event) -> Option<Timestamp> {
+    let series = event.series.as_ref().and_then(|series| series.last_observed_time.clone());
+    let micro = |time: MicroTime| time.0;
+    series
+        .map(micro)
+        .or_else(|| event.last_timestamp.clone().map(|time| time.0))
+        .or_else(|| event.event_time.clone().map(micro))
+}

@@ -113,9 +113,6 @@ impl Cluster {
         for name in ["proxy", "policies", "kubelet", "scheduler", "controller-manager", "apiserver", "etcd"] {
             parts::stop(&self.path("run"), name)?;
         }
-        // Both take back what they wrote into the machine's packet filter; nothing may have been written yet.
-        let _ = Command::new(self.tools.join("kube")).args(["proxy", "--cleanup"]).output();
-        let _ = Command::new(self.tools.join("kube-router")).args(["--cleanup-config", "--run-router=false"]).output();
         // Containers outlive containerd, by design.
         leftovers::end_containers(&self.directory);
         for name in ["containerd", "registry", "private-registry"] {

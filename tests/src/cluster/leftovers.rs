@@ -15,7 +15,7 @@ use rustix::{
 };
 
 use super::run;
-use crate::{processes, wait::eventually};
+use crate::{processes, system::output_with_input, wait::eventually};
 
 /// How long killed processes may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -56,12 +56,35 @@ pub(super) fn remove(directory: &Path, bridges: &[&str], pods: &str) -> Result<(
             run("ip", &["link", "delete", bridge])?;
         }
     }
+    remove_filters()?;
     let mut rule = vec!["-t", "nat", "-D", "POSTROUTING"];
     rule.extend(masquerade(pods));
     while Command::new("iptables").args(&rule).output().is_ok_and(|output| output.status.success()) {}
     remove_control_groups();
     remove_links(directory);
     fs::remove_dir_all(directory).with_context(|| format!("removing {}", directory.display()))
+}
+
+/// Takes Kubernetes' chains and sets out of the machine's packet filter: its parts leave them, for a restart.
+fn remove_filters() -> Result<()> {
+    for family in ["iptables", "ip6tables"] {
+        let rules = Command::new(format!("{family}-save")).output().context("reading the packet filter")?.stdout;
+        let rules = String::from_utf8_lossy(&rules).into_owned();
+        let others: String =
+            rules.lines().filter(|line| !line.contains("KUBE-")).map(|line| format!("{line}\n")).collect();
+        if others.lines().count() < rules.lines().count() {
+            // One table at a time, each at once and whole.
+            output_with_input(Command::new(format!("{family}-restore")), others.as_bytes())?;
+        }
+    }
+    let sets = Command::new("ipset").args(["list", "-name"]).output().map(|output| output.stdout).unwrap_or_default();
+    for set in String::from_utf8_lossy(&sets).lines() {
+        let name = set.trim_start_matches("inet6:");
+        if name.starts_with("KUBE-") || name.starts_with("kube-router-") {
+            run("ipset", &["destroy", set])?;
+        }
+    }
+    Ok(())
 }
 
 /// The kubelet links each container's log in a place that cannot be set.

@@ -121,12 +121,13 @@ impl App {
             None => Listener::Plain(listener),
         };
 
+        let metrics = Arc::new(Metrics::default());
         let (changes, changed) = mpsc::channel(QUEUE);
         let provisioner: Arc<dyn Provisioner> = match config.backend {
             Backend::Local => Arc::new(Local::start(&config, own_url, changes.clone()).await?),
             Backend::Kubernetes => {
                 let settings = config.kubernetes.clone().context("the Kubernetes backend has no settings")?;
-                Arc::new(Kubernetes::start(settings, changes.clone()).await?)
+                Arc::new(Kubernetes::start(settings, &metrics.kubernetes_requests, changes.clone()).await?)
             }
         };
         for warning in provisioner.warnings() {
@@ -135,7 +136,6 @@ impl App {
         let reconciler = Reconciler::new(changes);
         let relay = Relay::default();
         relay.load(&store).await?;
-        let metrics = Arc::new(Metrics::default());
         let metrics_listener = match config.metrics_listen {
             Some(address) => {
                 Some(TcpListener::bind(address).await.with_context(|| format!("listening for metrics at {address}"))?)

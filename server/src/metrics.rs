@@ -43,6 +43,8 @@ pub struct Metrics {
     pub attachments: Gauge,
     /// Bytes of packets that the relay took in.
     pub relay_bytes: Counter,
+    /// Requests to the Kubernetes API server; a watch is one.
+    pub kubernetes_requests: Counter,
     /// From the time when a weaver was to be looked at to the time when it was, in seconds.
     pub reconcile_lag: Histogram,
     /// Looks at a weaver that failed and are repeated.
@@ -69,6 +71,7 @@ impl Default for Metrics {
             start: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.01, 2.0, 16))),
             attachments: Gauge::default(),
             relay_bytes: Counter::default(),
+            kubernetes_requests: Counter::default(),
             reconcile_lag: seconds(),
             reconcile_failures: Counter::default(),
             registry: Registry::default(),
@@ -82,6 +85,11 @@ impl Default for Metrics {
         );
         registry.register("weavers_attachments", "Clients attached to terminals", metrics.attachments.clone());
         registry.register("relay_bytes", "Bytes of packets that the relay took in", metrics.relay_bytes.clone());
+        registry.register(
+            "kubernetes_requests",
+            "Requests to the Kubernetes API server",
+            metrics.kubernetes_requests.clone(),
+        );
         registry.register(
             "reconcile_lag_seconds",
             "From when a weaver was to be looked at to when it was",

@@ -1,14 +1,16 @@
 //! `cargo xtask bench`: builds for release and measures.
 
+use std::process::Command;
+
 use anyhow::{Result, ensure};
 use clap::Args;
 
-use crate::{build, tools};
+use crate::{build, cluster, tools};
 
 /// Measures, and prints a table for docs/benchmarks.md.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Only measurements whose names contain this.
+    /// Only measurements whose names contain this; `kubernetes` for those on a cluster, which only it runs.
     filter: Option<String>,
 }
 
@@ -16,7 +18,18 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     tools::for_tests()?;
     let binaries = build::binaries(true)?;
-    let status = std::process::Command::new(binaries.join("loom-bench")).args(&options.filter).status()?;
+    let mut bench = Command::new(binaries.join("loom-bench"));
+    bench.args(&options.filter);
+    let cluster = if options.filter.as_deref() == Some("kubernetes") {
+        tools::kwok()?;
+        let cluster = cluster::Own::start(&binaries)?;
+        bench.env("KUBECONFIG", cluster.kubeconfig());
+        Some(cluster)
+    } else {
+        None
+    };
+    let status = bench.status()?;
+    drop(cluster);
     ensure!(status.success(), "the measurements failed");
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! `cargo xtask cluster`: a real Kubernetes on this machine, for a developer or for the tests.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Result, bail};
 use clap::Subcommand;
 use loom_tests::cluster::{Cluster, kubectl, registry};
@@ -22,7 +24,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
     let cluster = Cluster::new(&tools::directory());
     match command {
         Command::Up => {
-            let cluster = up()?;
+            let cluster = up(&build::binaries(false)?)?;
             println!("\nThe cluster runs. To use it:");
             println!("  export KUBECONFIG={}", cluster.kubeconfig().display());
             println!("  alias kubectl='{} kubectl'", tools::directory().join("kube").display());
@@ -44,13 +46,35 @@ pub(crate) fn run(command: &Command) -> Result<()> {
     }
 }
 
-/// Builds everything that a cluster consists of, and starts it.
-pub(crate) fn up() -> Result<Cluster> {
+/// Builds everything that a cluster consists of, and starts it with the images of these binaries.
+fn up(binaries: &Path) -> Result<Cluster> {
     tools::for_cluster()?;
-    let binaries = build::binaries(false)?;
-    let images = images::for_tests(&binaries)?;
+    let images = images::for_tests(binaries)?;
     let cluster = Cluster::new(&tools::directory());
     eprintln!("starting the cluster");
     cluster.up(&images)?;
     Ok(cluster)
+}
+
+/// A cluster that ends with its owner.
+pub(crate) struct Own(Cluster);
+
+impl Own {
+    /// Builds and starts it.
+    pub(crate) fn start(binaries: &Path) -> Result<Self> {
+        up(binaries).map(Self)
+    }
+
+    /// How to reach it.
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
+        self.0.kubeconfig()
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.down() {
+            eprintln!("the cluster could not be removed: {error:#}");
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use loom_tests::{cluster::Cluster, system::BACKEND};
+use loom_tests::system::BACKEND;
 
 use crate::{build, cluster, tools};
 
@@ -26,7 +26,7 @@ pub(crate) struct Options {
 /// Installs, builds, tests.
 pub(crate) fn run(options: &Options) -> Result<()> {
     tools::for_tests()?;
-    build::binaries(false)?;
+    let binaries = build::binaries(false)?;
     let filter = options.filter.as_deref();
     let end_to_end = |names: &[&'static str]| {
         [
@@ -39,8 +39,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         test(&["test", "--workspace", "--exclude", "loom-tests"], filter, &[])?;
         test(&end_to_end(&[&BOTH[..], &["api"]].concat()), filter, &[])?;
     } else {
-        let running = OwnCluster::unless_named()?;
-        let kubeconfig = running.kubeconfig.to_string_lossy();
+        let named = std::env::var_os(KUBECONFIG).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let own = if named.is_none() { Some(cluster::Own::start(&binaries)?) } else { None };
+        let kubeconfig = named.or(own.as_ref().map(cluster::Own::kubeconfig)).unwrap_or_default();
+        let kubeconfig = kubeconfig.to_string_lossy();
         test(&["test", "--workspace"], filter, &[(KUBECONFIG, &kubeconfig)])?;
         test(&end_to_end(&BOTH), filter, &[(KUBECONFIG, &kubeconfig), (BACKEND, "kubernetes")])?;
     }
@@ -57,28 +59,4 @@ fn test(arguments: &[&str], filter: Option<&str>, env: &[(&str, &str)]) -> Resul
         arguments.extend(["--", filter]);
     }
     build::cargo(&arguments, env)
-}
-
-/// A cluster for the tests, ended when dropped if it was started for them.
-struct OwnCluster {
-    kubeconfig: PathBuf,
-    started: Option<Cluster>,
-}
-
-impl OwnCluster {
-    fn unless_named() -> Result<Self> {
-        if let Some(kubeconfig) = std::env::var_os(KUBECONFIG).filter(|path| !path.is_empty()) {
-            return Ok(Self { kubeconfig: kubeconfig.into(), started: None });
-        }
-        let cluster = cluster::up()?;
-        Ok(Self { kubeconfig: cluster.kubeconfig(), started: Some(cluster) })
-    }
-}
-
-impl Drop for OwnCluster {
-    fn drop(&mut self) {
-        if let Some(Err(error)) = self.started.as_ref().map(Cluster::down) {
-            eprintln!("the cluster could not be removed: {error:#}");
-        }
-    }
 }

@@ -42,6 +42,7 @@ const TESTS: &[Tool] = &[
     tool("ip", "iproute2"),
     tool("openssl", "openssl"),
     tool("python3", "python3"),
+    tool("nix-instantiate", "nix-bin"),
 ];
 
 /// What the cluster and the images need besides.
@@ -156,6 +157,21 @@ fn kubernetes() -> Result<()> {
             .env("CGO_ENABLED", "0"))?;
     }
     Ok(std::fs::write(recipe_file, recipe)?)
+}
+
+/// Builds KWOK, which pretends to be many pods, for the benchmarks.
+pub(crate) fn kwok() -> Result<()> {
+    if directory().join("kwok").exists() {
+        return Ok(());
+    }
+    need_go("KWOK")?;
+    eprintln!("building KWOK");
+    run(Command::new("go")
+        .args(["build", "-trimpath", "-o"])
+        .arg(directory().join("kwok"))
+        .arg("sigs.k8s.io/kwok/cmd/kwok")
+        .current_dir(build::root().join("tests/cluster/kwok"))
+        .env("CGO_ENABLED", "0"))
 }
 
 fn need_go(what: &str) -> Result<()> {

@@ -16,6 +16,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context as _, Result, bail};
 use async_trait::async_trait;
+use axum::http::Request;
 use k8s_openapi::api::{
     authentication::v1::{TokenReview, TokenReviewSpec, UserInfo},
     core::v1::Pod,
@@ -23,9 +24,12 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, PostParams},
+    client::{Body, ClientBuilder},
 };
 use loom_api::{Secret, WeaverId};
+use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::mpsc, task::JoinSet};
+use tower::util::MapRequestLayer;
 
 use super::{PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage};
 use crate::config::KubernetesConfig;
@@ -59,8 +63,8 @@ impl Kubernetes {
     /// # Errors
     ///
     /// When there is no cluster to be reached, or not the namespace.
-    pub async fn start(config: KubernetesConfig, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
-        let client = connect().await?;
+    pub async fn start(config: KubernetesConfig, requests: &Counter, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
+        let client = connect(requests).await?;
         check_namespace(&client, &config.namespace).await?;
         for right in rights::missing(&client, &config).await? {
             tracing::warn!("this server may not {right}, which it needs {}", right.why);
@@ -85,15 +89,25 @@ impl Kubernetes {
     }
 }
 
-/// Connects to the cluster of the kubeconfig, or to the one that the server runs in.
+/// Connects to the cluster of the kubeconfig, or to the one that the server runs in; `requests` counts what is asked of
+/// its API server.
 ///
 /// # Errors
 ///
 /// When neither is there.
-pub async fn connect() -> Result<Client> {
-    Client::try_default()
+pub async fn connect(requests: &Counter) -> Result<Client> {
+    let config = kube::Config::infer()
         .await
-        .context("no Kubernetes cluster is configured: set KUBECONFIG, or run in a pod with a service account")
+        .context("no Kubernetes cluster is configured: set KUBECONFIG, or run in a pod with a service account")?;
+    let requests = requests.clone();
+    let count = MapRequestLayer::new(move |request: Request<Body>| {
+        requests.inc();
+        request
+    });
+    Ok(ClientBuilder::try_from(config)
+        .context("the cluster's configuration cannot be used")?
+        .with_layer(&count)
+        .build())
 }
 
 /// Looks at everything that the server needs of the cluster, and prints what it found.
@@ -102,7 +116,7 @@ pub async fn connect() -> Result<Client> {
 ///
 /// When something is missing; all of it was printed.
 pub async fn check(config: &KubernetesConfig) -> Result<()> {
-    let client = connect().await?;
+    let client = connect(&Counter::default()).await?;
     let version = client.apiserver_version().await.context("the Kubernetes API server cannot be used")?;
     println!("ok       Kubernetes {}.{}", version.major, version.minor);
     let mut problems = 0;

@@ -1,6 +1,7 @@
 //! Measures Loom beside its peers in one run, and prints a table. `cargo xtask bench` builds for release and runs it;
 //! `docs/benchmarks.md` says what the figures mean and what limits them.
 
+mod kubernetes;
 mod peers;
 mod product;
 mod traffic;
@@ -28,6 +29,10 @@ fn main() -> Result<()> {
 
 /// Runs every group of measurements whose name contains `filter`.
 fn measure(filter: &str) -> Result<()> {
+    // It wants a cluster, which `cargo xtask bench kubernetes` starts.
+    if filter == "kubernetes" {
+        return kubernetes::measure();
+    }
     let wanted = |name: &str| name.contains(filter);
     if wanted("peers") {
         measure_peers()?;

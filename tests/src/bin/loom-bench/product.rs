@@ -122,13 +122,13 @@ impl Drop for Running {
     }
 }
 
-fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
+pub(crate) fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
     let start = Instant::now();
     let value = action()?;
     Ok((value, start.elapsed()))
 }
 
-fn print_times(name: &str, mut times: Vec<Duration>) {
+pub(crate) fn print_times(name: &str, mut times: Vec<Duration>) {
     times.sort();
     let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
     println!(
@@ -139,11 +139,11 @@ fn print_times(name: &str, mut times: Vec<Duration>) {
     );
 }
 
-fn memory(pid: i32) -> Result<Memory> {
+pub(crate) fn memory(pid: i32) -> Result<Memory> {
     processes::memory(pid).context("the process has gone")
 }
 
-fn mebibytes(bytes: u64) -> String {
+pub(crate) fn mebibytes(bytes: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let mebibytes = bytes as f64 / f64::from(1 << 20);
     format!("{mebibytes:.1} MiB")

@@ -174,7 +174,7 @@ async fn the_main_program_has_a_terminal_and_its_code_is_the_hosts() {
     let mut states = soon(host.client.watch()).await.unwrap();
     let tail = loop {
         match soon(states.next()).await.unwrap().unwrap().main {
-            MainState::Exited { code, tail } => {
+            MainState::Exited { code, tail, .. } => {
                 assert_eq!(code, 7);
                 break tail;
             }

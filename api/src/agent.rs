@@ -122,6 +122,9 @@ pub enum MainState {
         code: i32,
         /// The end of its output, base64, at most 64 KiB before encoding.
         tail: String,
+        /// Whether the kernel killed it because the weaver's memory was used up.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        out_of_memory: bool,
     },
 }
 

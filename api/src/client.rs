@@ -26,6 +26,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest error body that is read, and the longest line of an event stream.
 const MAX_LINE: usize = 1 << 20;
+/// How much of a WebSocket is read at once, in bytes. Each has a buffer of that size, busy or not.
+const READ_BUFFER: usize = 32 << 10;
 
 /// A WebSocket to the server.
 pub type WebSocket = WebSocketStream<reqwest::Upgraded>;
@@ -273,7 +275,10 @@ impl Client {
                 });
             }
         };
-        let config = WebSocketConfig::default().max_message_size(Some(max_frame)).max_frame_size(Some(max_frame));
+        let config = WebSocketConfig::default()
+            .max_message_size(Some(max_frame))
+            .max_frame_size(Some(max_frame))
+            .read_buffer_size(READ_BUFFER);
         Ok(WebSocketStream::from_raw_socket(stream, Role::Client, Some(config)).await)
     }
 

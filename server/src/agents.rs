@@ -51,6 +51,9 @@ const SILENCE: Duration = Duration::from_secs(40);
 const GRANT_TIMEOUT: Duration = Duration::from_secs(2);
 /// What agents wait before they come back to a server that stops, plus their own jitter.
 const RECONNECT_AFTER_MS: u64 = 200;
+/// How much of a control link is read at once, in bytes: more than almost all messages have. Each link has a buffer of that
+/// size.
+const READ_BUFFER: usize = 4 << 10;
 
 /// The links that are up.
 #[derive(Default)]
@@ -215,7 +218,7 @@ pub async fn control(
     upgrade: WebSocketUpgrade,
 ) -> Answer<Response> {
     let row = live_row(&app, weaver).await?;
-    Ok(upgrade.max_message_size(MAX_MESSAGE).on_upgrade(async move |socket| {
+    Ok(upgrade.max_message_size(MAX_MESSAGE).read_buffer_size(READ_BUFFER).on_upgrade(async move |socket| {
         if let Err(error) = run_link(&app, row, socket).await {
             tracing::info!(%weaver, "control link: {error:#}");
         }
@@ -355,9 +358,9 @@ async fn main_state(app: &AppState, weaver: WeaverId, main: MainState) -> anyhow
                 app.events.write(weaver, EventKind::Ready, "the main program runs").await;
             }
         }
-        MainState::Exited { code, tail } => {
+        MainState::Exited { code, tail, out_of_memory } => {
             let tail = STANDARD.decode(tail).unwrap_or_default();
-            reconcile::end(app, weaver, End::Exited { code, tail }).await?;
+            reconcile::end(app, weaver, End::Exited { code, tail, out_of_memory }).await?;
         }
     }
     Ok(())

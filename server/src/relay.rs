@@ -52,6 +52,8 @@ const PING: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(40);
 /// Between two notices to one sender that a peer is absent.
 const ABSENT_NOTICE: Duration = Duration::from_secs(1);
+/// How much of a connection is read at once, in bytes. Each connection has a buffer of that size, busy or not.
+const READ_BUFFER: usize = 16 << 10;
 
 type Key = [u8; 32];
 
@@ -194,6 +196,7 @@ pub async fn relay(
         .protocols([SUBPROTOCOL])
         .max_message_size(frame::MAX_MESSAGE)
         .max_frame_size(frame::MAX_MESSAGE)
+        .read_buffer_size(READ_BUFFER)
         .write_buffer_size(frame::MAX_MESSAGE);
     Ok(upgrade.on_upgrade(async move |socket| {
         let connection = app.relay.connect(key);

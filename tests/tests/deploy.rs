@@ -145,6 +145,9 @@ fn the_server_runs_in_the_cluster_and_weavers_reach_only_what_they_should() -> R
         system.run(&["delete", "--yes", &weaver.id])?;
     }
     eventually("the pods to be gone", PATIENCE, || Ok(deployed.weavers.pods()?.is_empty().then_some(())))?;
+    deployed.weavers.kubectl(&["delete", "rolebinding", "loom-server"])?;
+    let error = deployed.in_server(&["check"]).err().context("nothing is missing without the role")?;
+    assert!(error.to_string().contains("8 things are missing"), "{error}");
     Ok(())
 }
 

@@ -18,6 +18,7 @@ mod children;
 mod detach;
 mod dial;
 mod init;
+mod oom;
 mod ports;
 mod process;
 mod session;
@@ -66,6 +67,9 @@ pub(crate) fn run() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
+/// The exit code of a program that SIGKILL ended.
+const KILLED: i32 = 128 + 9;
+
 /// What all parts of the host share.
 struct Host {
     children: Children,
@@ -75,6 +79,8 @@ struct Host {
     starting: Mutex<Option<oneshot::Sender<terminal::Program>>>,
     main: watch::Sender<Option<Arc<Main>>>,
     state: watch::Sender<HostState>,
+    /// Processes that were out of memory before there were any of ours.
+    oom_kills: u64,
     /// The main program has ended: the others are to end too.
     ending: CancellationToken,
     /// Somebody was told how the main program ended.
@@ -96,6 +102,7 @@ impl Host {
             starting: Mutex::new(Some(starting)),
             main: watch::Sender::new(None),
             state: watch::Sender::new(HostState::default()),
+            oom_kills: oom::kills(),
             ending: CancellationToken::new(),
             reported: CancellationToken::new(),
         };
@@ -130,7 +137,10 @@ impl Host {
 
     /// Takes down how the main program ended, and tells everybody.
     fn finish(&self, code: i32, output: &[u8]) {
-        self.state.send_modify(|state| state.main = MainState::Exited { code, tail: STANDARD.encode(output) });
+        // Others may have been killed so before, and the main program by somebody else.
+        let out_of_memory = code == KILLED && oom::kills() > self.oom_kills;
+        let tail = STANDARD.encode(output);
+        self.state.send_modify(|state| state.main = MainState::Exited { code, tail, out_of_memory });
         self.ending.cancel();
     }
 

@@ -1,12 +1,26 @@
-//! Which TCP ports the weaver's processes listen on, from `/proc/net/tcp` and `tcp6` (proc_pid_net(5)).
+//! Which TCP ports the weaver's processes listen on.
+//!
+//! The kernel is asked for its listening sockets over netlink (sock_diag(7)). `/proc/net/tcp` says the same, but to
+//! write it the kernel goes through the node's whole table of connections, everybody's: milliseconds for each look of
+//! each weaver. It is read only where there is no sock_diag, as in gVisor.
 
 use std::{
     collections::BTreeSet,
     fs::File,
-    io::Read as _,
+    io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::{
+    SockDiagMessage,
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP},
+    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+};
+use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
+
+/// How much of an answer comes at once, in bytes: the most that the kernel puts into one datagram of a dump.
+const DATAGRAM: usize = 32 << 10;
 /// How much of each table is read, in bytes. Listening sockets come first in them.
 const MAX_TABLE: u64 = 4 << 20;
 /// The state of a listening socket (`TCP_LISTEN`).
@@ -19,6 +33,65 @@ pub(super) fn ports() -> Vec<u16> {
 
 /// The addresses that are listened on.
 pub(super) fn addresses() -> Vec<SocketAddr> {
+    from_kernel().unwrap_or_else(|_| from_tables())
+}
+
+fn from_kernel() -> io::Result<Vec<SocketAddr>> {
+    let socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    // The kernel has its answer ready before it is asked for; one that has not is none.
+    socket.set_non_blocking(true)?;
+    let mut found = ask(&socket, AF_INET, SocketId::new_v4())?;
+    // A kernel without IPv6 knows no such sockets.
+    found.extend(ask(&socket, AF_INET6, SocketId::new_v6()).unwrap_or_default());
+    Ok(found)
+}
+
+fn ask(socket: &Socket, family: u8, any: SocketId) -> io::Result<Vec<SocketAddr>> {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::LISTEN,
+        socket_id: any,
+    };
+    let mut request = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+    let mut found = Vec::new();
+    let mut datagram = vec![0; DATAGRAM];
+    loop {
+        let length = socket.recv(&mut datagram.as_mut_slice(), 0)?;
+        if read_answer(&datagram[..length], &mut found)? {
+            return Ok(found);
+        }
+    }
+}
+
+/// Reads one datagram of a dump; whether it was the last one.
+fn read_answer(mut datagram: &[u8], found: &mut Vec<SocketAddr>) -> io::Result<bool> {
+    while !datagram.is_empty() {
+        let length = NetlinkBuffer::new_checked(datagram).map_err(io::Error::other)?.length() as usize;
+        let message = NetlinkMessage::<SockDiagMessage>::deserialize(datagram).map_err(io::Error::other)?;
+        match message.payload {
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+                let id = &response.header.socket_id;
+                found.push(SocketAddr::new(id.source_address, id.source_port));
+            }
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::Error(error) => return Err(error.to_io()),
+            _ => {}
+        }
+        // Each message is padded to four bytes (netlink(7)).
+        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(false)
+}
+
+fn from_tables() -> Vec<SocketAddr> {
     ["/proc/net/tcp", "/proc/net/tcp6"].into_iter().flat_map(|table| parse(&read(table))).collect()
 }
 
@@ -81,11 +154,27 @@ mod tests {
     }
 
     #[test]
-    fn sees_a_real_listener() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        assert!(addresses().contains(&address));
-        let ports = ports();
-        assert!(ports.contains(&address.port()) && ports.is_sorted());
+    fn sees_real_listeners_both_ways() {
+        let listeners = ["127.0.0.1:0", "[::1]:0"].map(|address| TcpListener::bind(address).unwrap());
+        for address in listeners.iter().map(|listener| listener.local_addr().unwrap()) {
+            assert!(from_kernel().unwrap().contains(&address), "the kernel does not name {address}");
+            assert!(from_tables().contains(&address), "the tables do not name {address}");
+            let ports = ports();
+            assert!(ports.contains(&address.port()) && ports.is_sorted());
+        }
+    }
+
+    #[test]
+    fn many_listeners_take_more_than_one_datagram() {
+        let listeners: Vec<_> = (0..600).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let found = from_kernel().unwrap();
+        assert!(listeners.iter().all(|listener| found.contains(&listener.local_addr().unwrap())));
+    }
+
+    #[test]
+    fn a_broken_answer_is_an_error() {
+        for broken in [&[1_u8, 2, 3][..], &[0; 16], &[255; 64]] {
+            assert!(read_answer(broken, &mut Vec::new()).is_err());
+        }
     }
 }

@@ -66,6 +66,8 @@ pub enum End {
         code: i32,
         /// The end of its output.
         tail: Vec<u8>,
+        /// Whether it was killed because the weaver's memory was used up.
+        out_of_memory: bool,
     },
     /// It could not become, or stay, what was asked for.
     Failed {
@@ -179,7 +181,9 @@ pub async fn reconcile(app: &AppState, weaver: WeaverId) -> Result<()> {
                 // Also when it is there: so that it is watched.
                 Ok(app.provisioner.ensure(&pod_spec(&row)).await?)
             }
-            (_, Some(code)) if pod.reason.is_none() => end(app, weaver, End::Exited { code, tail: Vec::new() }).await,
+            (_, Some(code)) if pod.reason.is_none() => {
+                end(app, weaver, End::Exited { code, tail: Vec::new(), out_of_memory: false }).await
+            }
             (_, _) => {
                 let reason = pod.reason.unwrap_or_else(|| "its pod failed".to_owned());
                 end(app, weaver, End::Failed { reason }).await
@@ -280,9 +284,14 @@ pub async fn end(app: &AppState, weaver: WeaverId, end: End) -> Result<()> {
             return false;
         }
         match &end {
-            End::Exited { code, tail } => {
+            End::Exited { code, tail, out_of_memory } => {
                 row.status = if *code == 0 { WeaverStatus::Succeeded } else { WeaverStatus::Failed };
-                row.reason = Some(format!("the main program exited with code {code}"));
+                row.reason = Some(if *out_of_memory {
+                    let limit = row.resources.memory_mb;
+                    format!("the main program was killed because it ran out of memory: its limit is {limit} MiB")
+                } else {
+                    format!("the main program exited with code {code}")
+                });
                 row.exit_code = Some(*code);
                 row.tail = Some(tail.clone());
             }

@@ -188,7 +188,10 @@ impl Provisioner for Kubernetes {
         let pod = pod::build(spec, &self.config, self.authorities.as_deref());
         match self.pods.create(&PostParams::default(), &pod).await {
             Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
+                let own = self.get(spec.weaver).await?;
+                Ok(own.map(drop).context("there is a pod of its name that Loom did not make")?)
+            }
             // Nothing will make a pod valid that is not: no rights, no quota and no namespace can change.
             Err(kube::Error::Api(status)) if status.code == 422 => {
                 Err(ProvisionError::Refused(format!("Kubernetes does not take its pod: {}", status.message)))

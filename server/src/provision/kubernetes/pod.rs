@@ -143,7 +143,7 @@ fn agent(spec: &PodSpec, config: &KubernetesConfig, authorities: Option<&str>) -
             ..Lifecycle::default()
         }),
         resources: Some(ResourceRequirements {
-            requests: Some(quantities(ResourceSpec { cpu_millicores: 10, memory_mb: 32 })),
+            requests: Some(quantities(ResourceSpec { cpu_millicores: 5, memory_mb: 32 })),
             limits: Some(quantities(ResourceSpec { cpu_millicores: 2000, memory_mb: 256 })),
             ..ResourceRequirements::default()
         }),

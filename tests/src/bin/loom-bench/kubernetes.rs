@@ -197,6 +197,16 @@ fn many_at_once() -> Result<()> {
     println!("{AT_ONCE} weavers made at once, all of them run after: {:.1} s", start.elapsed().as_secs_f64());
     let server = system.server_pid().context("the server runs")?;
     println!("server memory with {AT_ONCE} weavers, all connected: {}", mebibytes(memory(server)?.resident));
+    let before = (agents_seconds("sidecar")?, agents_seconds("host")?, processor_seconds(server)?);
+    // What is measured is that nothing happens for a while.
+    std::thread::sleep(REST);
+    let after = (agents_seconds("sidecar")?, agents_seconds("host")?, processor_seconds(server)?);
+    println!(
+        "at rest, processor time a minute: all sidecars {:.2} s, all hosts {:.2} s, the server {:.2} s",
+        after.0 - before.0,
+        after.1 - before.1,
+        after.2 - before.2,
+    );
     let start = Instant::now();
     delete_all(&system)?;
     println!("all of them gone after: {:.1} s", start.elapsed().as_secs_f64());
@@ -253,6 +263,20 @@ fn processor_seconds(pid: i32) -> Result<f64> {
     let ticks = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
     // Always a hundred to the second, for user space.
     Ok(ticks / 100.0)
+}
+
+/// The processor time of all agents of one role on this machine.
+fn agents_seconds(role: &str) -> Result<f64> {
+    let mut sum = 0.0;
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // One may have ended since.
+        let command_line = std::fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
+        if command_line.ends_with(&format!("loom-agent\0{role}\0")) {
+            sum += processor_seconds(pid)?;
+        }
+    }
+    Ok(sum)
 }
 
 /// KWOK with one node of its own.

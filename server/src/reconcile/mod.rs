@@ -170,7 +170,7 @@ pub async fn reconcile(app: &AppState, weaver: WeaverId) -> Result<()> {
         }
         None => make(app, &row).await,
         Some(pod) if pod.is_leaving && !pod.phase.is_final() => {
-            let reason = "its pod is being removed from outside of Loom".to_owned();
+            let reason = pod.reason.unwrap_or_else(|| "its pod is being removed from outside of Loom".to_owned());
             end(app, weaver, End::Failed { reason }).await
         }
         Some(pod) => match (pod.phase, pod.exit_code) {

@@ -14,8 +14,12 @@ pub(super) fn of(pod: &Pod) -> Option<PodObservation> {
     let weaver = pod::weaver(pod)?;
     let empty = PodStatus::default();
     let status = pod.status.as_ref().unwrap_or(&empty);
-    let (phase, reason, exit_code) = judge(status);
+    let (phase, mut reason, exit_code) = judge(status);
     let is_leaving = pod.metadata.deletion_timestamp.is_some();
+    if is_leaving && !phase.is_final() {
+        // What it waited for does not matter any more.
+        reason = disruption(status);
+    }
     Some(PodObservation { weaver, phase, reason, exit_code, is_leaving })
 }
 
@@ -47,16 +51,17 @@ fn pull_time(message: &str) -> Option<&str> {
 fn judge(status: &PodStatus) -> (PodPhase, Option<String>, Option<i32>) {
     let user = container(status.container_statuses.as_deref(), pod::WEAVER);
     let agent = container(status.init_container_statuses.as_deref(), pod::AGENT);
-    // Its node's end is written by the control plane, and the phase stays as it was.
-    if status.reason.as_deref() == Some("NodeLost") {
-        return (PodPhase::Failed, Some("its node is lost".to_owned()), None);
-    }
     // The pod's own end comes before its containers': evicted, past its deadline, its node shut down.
     if status.phase.as_deref() == Some("Failed")
         && let Some(reason) = &status.reason
     {
         let message = status.message.as_deref().unwrap_or_default();
         return (PodPhase::Failed, Some(pod_reason(reason, message)), None);
+    }
+    if status.phase.as_deref() == Some("Failed")
+        && let Some(reason) = disruption(status)
+    {
+        return (PodPhase::Failed, Some(reason), None);
     }
     if let Some(ended) = user.and_then(|user| user.state.as_ref()?.terminated.as_ref()) {
         return ended_phase(ended);
@@ -132,6 +137,21 @@ fn pod_reason(reason: &str, message: &str) -> String {
     }
 }
 
+/// Why Kubernetes itself ends a pod, from the condition that it sets before (`DisruptionTarget`).
+fn disruption(status: &PodStatus) -> Option<String> {
+    let conditions = status.conditions.as_deref().unwrap_or_default();
+    let target =
+        conditions.iter().find(|condition| condition.type_ == "DisruptionTarget" && condition.status == "True")?;
+    let message = target.message.as_deref().unwrap_or_default();
+    Some(match target.reason.as_deref().unwrap_or_default() {
+        "DeletionByPodGC" => format!("its node is gone: {message}"),
+        "DeletionByTaintManager" => format!("its node is not to be used any more, or does not answer: {message}"),
+        "EvictionByEvictionAPI" => format!("it was evicted, as when a node is drained: {message}"),
+        "PreemptionByScheduler" => format!("a pod of higher priority has taken its place: {message}"),
+        reason => format!("Kubernetes ends its pod ({reason}): {message}"),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -183,6 +203,26 @@ mod tests {
         assert!(reason.unwrap().contains("memory"));
         let (_, reason, _) = judged(json!({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}));
         assert!(reason.unwrap().contains("low on disk"));
+    }
+
+    #[test]
+    fn who_ends_a_pod_is_said_and_no_longer_what_it_waited_for() {
+        let conditions = json!([
+            {"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"},
+            {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC", "message": "PodGC: node no longer exists"},
+        ]);
+        let (phase, reason, _) = judged(json!({"phase": "Failed", "conditions": conditions}));
+        assert_eq!(phase, PodPhase::Failed);
+        assert_eq!(reason.unwrap(), "its node is gone: PodGC: node no longer exists");
+        let leaving = json!({
+            "metadata": {
+                "name": "weaver-01890000-0000-7000-8000-000000000000", "deletionTimestamp": "2026-01-01T00:00:00Z",
+                "labels": {"weaver-id": "01890000-0000-7000-8000-000000000000"},
+            },
+            "status": {"phase": "Pending", "conditions": conditions},
+        });
+        let seen = of(&serde_json::from_value(leaving).unwrap()).unwrap();
+        assert!(seen.is_leaving && seen.reason.unwrap().contains("its node is gone"));
     }
 
     #[test]

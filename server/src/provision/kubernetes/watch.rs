@@ -55,7 +55,7 @@ impl Seen {
         let known = self.known();
         let mut pod = known.pods.get(&weaver)?.clone();
         // A pod's own state says more, when it says something.
-        if pod.phase == PodPhase::Pending && pod.reason.is_none() {
+        if pod.phase == PodPhase::Pending && pod.reason.is_none() && !pod.is_leaving {
             pod.reason = known.progress.get(&weaver).map(|progress| progress.words.clone());
         }
         Some(pod)

@@ -52,17 +52,26 @@ impl Namespace {
             kube: tools::find("kube")?,
             kubeconfig: kubeconfig.into(),
         };
-        let name = &namespace.name;
-        namespace.kubectl_anywhere(
+        namespace.make()?;
+        Ok(namespace)
+    }
+
+    /// Makes it, as when it was deleted meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Shows what kubectl said.
+    pub fn make(&self) -> Result<()> {
+        let name = &self.name;
+        self.kubectl_anywhere(
             &["apply", "-f", "-"],
             &format!(
                 "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels: {{pod-security.kubernetes.io/enforce: restricted}}\n"
             ),
         )?;
         eventually("the namespace's service account", PATIENCE, || {
-            Ok(namespace.kubectl(&["get", "serviceaccount", "default"]).is_ok().then_some(()))
-        })?;
-        Ok(namespace)
+            Ok(self.kubectl(&["get", "serviceaccount", "default"]).is_ok().then_some(()))
+        })
     }
 
     /// Its name.

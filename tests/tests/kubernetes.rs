@@ -238,3 +238,51 @@ fn a_namespace_that_is_missing_is_said_at_the_start_with_the_command_that_makes_
     assert!(error.contains("kubectl create namespace nowhere"), "{error}");
     Ok(())
 }
+
+#[test]
+fn a_namespace_that_goes_takes_its_weavers_and_new_ones_wait_for_its_return() -> Result<()> {
+    let system = System::start_on_kubernetes(&[])?;
+    let namespace = namespace(&system)?;
+    let first = system.new_weaver(&[])?;
+    // Deletes it, and waits for its end.
+    namespace.kubectl(&["delete", "namespace", namespace.name(), "--timeout=60s"])?;
+    assert_eq!(reason(&system, &first, "its pod")?["status"], "Failed");
+    let second = create(&system, &json!({}))?;
+    let waiting = reason(&system, &second, "not found")?;
+    assert_eq!(waiting["status"], "Pending");
+    assert!(waiting["reason"].as_str().is_some_and(|reason| reason.contains(namespace.name())), "{waiting}");
+    namespace.make()?;
+    eventually("the weaver to run", PATIENCE, || Ok((system.describe(&second)?["status"] == "Running").then_some(())))?;
+    system.stop()
+}
+
+#[test]
+fn five_hundred_at_once_have_one_pod_each_and_leave_none() -> Result<()> {
+    const MANY: usize = 500;
+    const LONG: Duration = Duration::from_secs(240);
+    // No node is like that: what is shown is the server's part, and pods that wait are gone as soon as they are deleted.
+    let system = System::start_on_kubernetes(&[
+        ("LOOM_SERVER_MAX_WEAVERS", "1000"),
+        ("LOOM_SERVER_KUBERNETES_NODE_SELECTOR", "loom-test=no-such-node"),
+    ])?;
+    let ids: Vec<String> =
+        (0..MANY).map(|_| Ok(create(&system, &json!({"command": ["true"]}))?.id)).collect::<Result<_>>()?;
+    eventually("all pods", LONG, || Ok((system.count_pods()? >= MANY).then_some(())))?;
+    let mut owners: Vec<String> = namespace(&system)?
+        .pods()?
+        .iter()
+        .filter_map(|pod| pod["metadata"]["labels"]["weaver-id"].as_str().map(str::to_owned))
+        .collect();
+    owners.sort();
+    let mut wanted = ids.clone();
+    wanted.sort();
+    assert_eq!(owners, wanted, "not one pod for each weaver");
+    let token = system.admin_token()?;
+    for id in &ids {
+        let answer = system.request(Some(&token), "DELETE", &format!("/api/weavers/{id}"), None)?;
+        ensure!(answer.status < 300, "deleting {id}: {answer:?}");
+    }
+    eventually("no pod to be left", LONG, || Ok((system.count_pods()? == 0).then_some(())))?;
+    assert_eq!(system.json(&["ps", "--json"])?, json!([]));
+    system.stop()
+}

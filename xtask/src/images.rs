@@ -41,7 +41,7 @@ enum Image {
 
 /// Builds one image for release, and says where it is.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    tools::for_cluster()?;
+    tools::for_images()?;
     let archive = match options.image {
         Image::Agent => program("agent", &build::binaries(true)?)?,
         Image::Server => program("server", &build::binaries(true)?)?,
@@ -76,6 +76,11 @@ fn program(name: &str, binaries: &Path) -> Result<PathBuf> {
 
 /// The official image.
 fn weaver() -> Result<PathBuf> {
+    debian("weaver", &official()?)
+}
+
+/// What the official image is made of.
+fn official() -> Result<Debian> {
     let runs = Runs {
         command: vec!["/bin/bash".to_owned()],
         env: vec!["LANG=C.UTF-8".to_owned()],
@@ -83,7 +88,7 @@ fn weaver() -> Result<PathBuf> {
         directory: "/workspace",
         ..Runs::default()
     };
-    debian("weaver", &build::root().join("weaver-image/packages"), None, &runs)
+    Debian::new(&build::root().join("weaver-image/packages"), None, runs)
 }
 
 /// For tests: a database's image with an entrypoint of its own.
@@ -98,7 +103,7 @@ fn postgres() -> Result<PathBuf> {
         user: "999:999",
         ..Runs::default()
     };
-    debian("postgres", &source.join("packages"), Some(&source.join("entrypoint.sh")), &runs)
+    debian("postgres", &Debian::new(&source.join("packages"), Some(source.join("entrypoint.sh")), runs)?)
 }
 
 /// For tests: an image with one program and nothing else, not even a shell, in the registry behind a password.
@@ -115,40 +120,63 @@ fn pause() -> Result<PathBuf> {
     finish(&directory, &archive, &Runs { entrypoint: vec!["/pause".to_owned()], ..Runs::default() })
 }
 
-/// An image of Debian packages, by mmdebstrap. Made again when the list of packages or the entrypoint changes.
-fn debian(name: &str, packages: &Path, entrypoint: Option<&Path>, runs: &Runs) -> Result<PathBuf> {
-    let list = fs::read_to_string(packages).with_context(|| format!("reading {}", packages.display()))?;
-    let script = entrypoint.map(fs::read_to_string).transpose()?.unwrap_or_default();
-    let recipe = format!("{RELEASE}\n{list}\n{script}\n{runs:?}\n");
-    let archive = build::target().join("images").join(format!("{name}.tar"));
-    let recipe_file = archive.with_extension("recipe");
+/// An image of Debian packages. Made again when what it is made of changes.
+fn debian(name: &str, image: &Debian) -> Result<PathBuf> {
+    let images = build::target().join("images");
+    let (archive, recipe_file) = (images.join(format!("{name}.tar")), images.join(format!("{name}.recipe")));
+    let recipe = image.recipe()?;
     if archive.exists() && fs::read_to_string(&recipe_file).is_ok_and(|earlier| earlier == recipe) {
         return Ok(archive);
     }
     eprintln!("building the image {name} from Debian packages");
-    fs::create_dir_all(build::target().join("images"))?;
-    let packages: Vec<&str> =
-        list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
-    let layer = archive.with_extension("layer.tar");
-    let mut command = Command::new("mmdebstrap");
-    command
-        .args(["--quiet", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\""])
-        .args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")))
-        .arg(format!("--include={}", packages.join(",")))
-        // Whoever a pod runs as has a name, and a home.
-        .arg("--customize-hook=chroot \"$1\" useradd --create-home --uid 1000 --shell /bin/bash loom")
-        // What says when and where it was built.
-        .arg("--customize-hook=rm -rf \"$1\"/var/log/* \"$1\"/var/cache/ldconfig/aux-cache \"$1\"/etc/machine-id")
-        .env("SOURCE_DATE_EPOCH", oci::EPOCH);
-    if let Some(entrypoint) = entrypoint {
-        command.arg(format!("--customize-hook=copy-in {} /usr/local/bin", entrypoint.display()));
-    }
-    let status = command.arg(RELEASE).arg(&layer).status().context("starting mmdebstrap")?;
-    ensure!(status.success(), "building the image {name} failed");
-    oci::write(&archive, &layer, runs)?;
-    fs::remove_file(layer)?;
+    fs::create_dir_all(images)?;
+    image.build(&archive)?;
     fs::write(recipe_file, recipe)?;
     Ok(archive)
+}
+
+/// What an image of Debian packages is made of.
+struct Debian {
+    packages: Vec<String>,
+    entrypoint: Option<PathBuf>,
+    runs: Runs,
+}
+
+impl Debian {
+    /// `list` is a file with one package on each line.
+    fn new(list: &Path, entrypoint: Option<PathBuf>, runs: Runs) -> Result<Self> {
+        let text = fs::read_to_string(list).with_context(|| format!("reading {}", list.display()))?;
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        Ok(Self { packages: lines.map(str::to_owned).collect(), entrypoint, runs })
+    }
+
+    /// All that it depends on, but Debian itself.
+    fn recipe(&self) -> Result<String> {
+        let script = self.entrypoint.as_ref().map(fs::read_to_string).transpose()?.unwrap_or_default();
+        Ok(format!("{RELEASE}\n{}\n{script}\n{:?}\n", self.packages.join("\n"), self.runs))
+    }
+
+    /// Builds it by mmdebstrap. The same packages give the same bytes.
+    fn build(&self, archive: &Path) -> Result<()> {
+        let layer = archive.with_extension("layer.tar");
+        let mut command = Command::new("mmdebstrap");
+        command
+            .args(["--quiet", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\""])
+            .args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")))
+            .arg(format!("--include={}", self.packages.join(",")))
+            // Whoever a pod runs as has a name, and a home.
+            .arg("--customize-hook=chroot \"$1\" useradd --create-home --uid 1000 --shell /bin/bash loom")
+            // What says when and where it was built.
+            .arg("--customize-hook=rm -rf \"$1\"/var/log/* \"$1\"/var/cache/ldconfig/aux-cache \"$1\"/etc/machine-id")
+            .env("SOURCE_DATE_EPOCH", oci::EPOCH);
+        if let Some(entrypoint) = &self.entrypoint {
+            command.arg(format!("--customize-hook=copy-in {} /usr/local/bin", entrypoint.display()));
+        }
+        let status = command.arg(RELEASE).arg(&layer).status().context("starting mmdebstrap")?;
+        ensure!(status.success(), "mmdebstrap failed");
+        oci::write(archive, &layer, &self.runs)?;
+        Ok(fs::remove_file(layer)?)
+    }
 }
 
 /// An empty directory for an image's files, and its archive's path.
@@ -179,4 +207,43 @@ fn finish(directory: &Path, archive: &Path, runs: &Runs) -> Result<PathBuf> {
     fs::remove_file(layer)?;
     fs::remove_dir_all(directory)?;
     Ok(archive.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io, thread};
+
+    use ring::digest::{Context as Hash, SHA256};
+
+    use super::*;
+
+    fn digest(file: &Path) -> io::Result<Vec<u8>> {
+        let (mut hash, mut file) = (Hash::new(&SHA256), File::open(file)?);
+        let mut chunk = vec![0; 1 << 20];
+        loop {
+            match io::Read::read(&mut file, &mut chunk)? {
+                0 => return Ok(hash.finish().as_ref().to_vec()),
+                length => hash.update(&chunk[..length]),
+            }
+        }
+    }
+
+    #[test]
+    fn the_official_image_is_the_same_whenever_it_is_built() {
+        tools::for_images().unwrap();
+        let directory = build::target().join("images/again");
+        fs::create_dir_all(&directory).unwrap();
+        let image = official().unwrap();
+        let build = |name| {
+            let archive = directory.join(name);
+            image.build(&archive).unwrap();
+            digest(&archive).unwrap()
+        };
+        let (first, second) = thread::scope(|scope| {
+            let first = scope.spawn(|| build("first.tar"));
+            (build("second.tar"), first.join().unwrap())
+        });
+        fs::remove_dir_all(&directory).unwrap();
+        assert_eq!(first, second);
+    }
 }

@@ -45,7 +45,10 @@ const TESTS: &[Tool] = &[
     tool("nix-instantiate", "nix-bin"),
 ];
 
-/// What the cluster and the images need besides.
+/// What images are built with.
+const IMAGES: &[Tool] = &[tool("mmdebstrap", "mmdebstrap"), tool("strip", "binutils")];
+
+/// What the cluster needs besides.
 const CLUSTER: &[Tool] = &[
     tool("containerd", "containerd"),
     tool("runc", "runc"),
@@ -56,9 +59,7 @@ const CLUSTER: &[Tool] = &[
     tool("openssl", "openssl"),
     tool("docker-registry", "docker-registry"),
     tool("skopeo", "skopeo"),
-    tool("mmdebstrap", "mmdebstrap"),
     tool("/bin/busybox", "busybox-static"),
-    tool("strip", "binutils"),
 ];
 
 /// Installs what the demo needs.
@@ -73,8 +74,14 @@ pub(crate) fn for_tests() -> Result<()> {
     wireguard_go()
 }
 
-/// Installs what the cluster and the images need, and builds Kubernetes.
+/// Installs what images are built with.
+pub(crate) fn for_images() -> Result<()> {
+    install(IMAGES)
+}
+
+/// Installs what the cluster and its images need, and builds Kubernetes.
 pub(crate) fn for_cluster() -> Result<()> {
+    for_images()?;
     install(CLUSTER)?;
     kubernetes()
 }

@@ -1,11 +1,12 @@
 //! Parts of the cluster away, and back. In a file of its own, and one after another: nothing else can run meanwhile.
 
 use std::{
+    process::{Child, Stdio},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use loom_tests::{System, cluster::Cluster, eventually, system::PATIENCE, terminal::Terminal, tools};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -38,6 +39,35 @@ impl Drop for Outage {
     }
 }
 
+/// A `loom new` that has to wait for the API server.
+struct Creating(Child);
+
+impl Creating {
+    fn begin(system: &System) -> Result<Self> {
+        let mut new = system.loom(&["new", "--no-attach", "--name", "late"]);
+        let creating = Self(new.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
+        eventually("the reason for the wait", PATIENCE, || {
+            let list = system.json(&["ps", "--json"])?;
+            let late = list.as_array().and_then(|list| list.iter().find(|weaver| weaver["name"] == "late"));
+            Ok(late.and_then(|late| late["reason"].as_str()).filter(|reason| reason.contains("API server")).map(drop))
+        })?;
+        Ok(creating)
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let ended = eventually("the weaver that had to wait", PATIENCE, || Ok(self.0.try_wait()?))?;
+        ensure!(ended.success(), "it was not made: {ended}");
+        Ok(())
+    }
+}
+
+impl Drop for Creating {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[test]
 fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -> Result<()> {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -55,16 +85,7 @@ fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -
     attach.send("echo during-$((1+0))\r")?;
     attach.expect("during-1", PATIENCE)?;
     assert_eq!(system.run(&["exec", &weaver.id, "--", "echo", "in"])?, "in\n");
-    let mut creating = system
-        .loom(&["new", "--no-attach", "--name", "late"])
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .spawn()?;
-    eventually("the reason for the wait", PATIENCE, || {
-        let list = system.json(&["ps", "--json"])?;
-        let late = list.as_array().and_then(|list| list.iter().find(|weaver| weaver["name"] == "late"));
-        Ok(late.and_then(|late| late["reason"].as_str()).filter(|reason| reason.contains("API server")).map(drop))
-    })?;
+    let mut creating = Creating::begin(&system)?;
     // A weaver that is deleted meanwhile is closed at once, and its pod goes later.
     system.run(&["delete", "--yes", &other.id])?;
     eventually("the deleted weaver to be closed", Duration::from_secs(2), || {
@@ -72,7 +93,7 @@ fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -
     })?;
 
     drop(outage);
-    assert!(creating.wait()?.success(), "the weaver that had to wait");
+    creating.end()?;
     eventually("the deleted weaver's pod to go", PATIENCE, || Ok((!system.has_left_something(&other)?).then_some(())))?;
     let log = system.server_log();
     assert!(log.contains("the watch on pods broke") && log.contains("too old resource version"), "{log}");
@@ -84,6 +105,30 @@ fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -
     eventually("the loss of a pod to be seen", PATIENCE, || {
         Ok((system.describe(&weaver)?["status"] == "Failed").then_some(()))
     })?;
+    system.stop()
+}
+
+#[test]
+fn a_server_that_starts_during_an_outage_serves_what_runs() -> Result<()> {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut system = System::start_on_kubernetes(&[])?;
+    let weaver = system.new_weaver(&[])?;
+    let mut attach = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
+    attach.send("echo before-$((1+0))\r")?;
+    attach.expect("before-1", PATIENCE)?;
+
+    let Some(outage) = Outage::begin("apiserver")? else { return system.stop() };
+    system.kill_server()?;
+    system.start_server()?;
+    attach.send("echo during-$((1+0))\r")?;
+    attach.expect("during-1", PATIENCE)?;
+    assert_eq!(system.run(&["exec", &weaver.id, "--", "echo", "in"])?, "in\n");
+    let mut creating = Creating::begin(&system)?;
+
+    drop(outage);
+    creating.end()?;
+    assert_eq!(system.describe(&weaver)?["status"], "Running");
+    drop(attach);
     system.stop()
 }
 

@@ -58,16 +58,19 @@ pub struct Kubernetes {
 
 impl Kubernetes {
     /// Connects by the kubeconfig, or by the service account of the pod that the server runs in, and begins to watch.
-    /// `changes` gets each weaver whose pod has changed.
+    /// `changes` gets each weaver whose pod has changed. While the API server cannot be reached, what exists goes on, and
+    /// what is new waits.
     ///
     /// # Errors
     ///
-    /// When there is no cluster to be reached, or not the namespace.
+    /// When no cluster is configured, or it has not the namespace.
     pub async fn start(config: KubernetesConfig, requests: &Counter, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
         let client = connect(requests).await?;
-        check_namespace(&client, &config.namespace).await?;
-        for right in rights::missing(&client, &config).await? {
-            tracing::warn!("this server may not {right}, which it needs {}", right.why);
+        match Self::check(&client, &config).await {
+            Err(error) if !is_answer(&error) => {
+                tracing::warn!("{}; nothing was checked", in_words(error));
+            }
+            checked => checked?,
         }
         let authorities = match &config.agent_ca {
             Some(path) => Some(std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?),
@@ -80,6 +83,14 @@ impl Kubernetes {
         watching.spawn(watch::events(Api::namespaced(client.clone(), &config.namespace), Arc::clone(&seen), changes));
         let images = Images::new(client.clone(), &config);
         Ok(Self { client, pods, config, authorities, seen, images, _watching: watching })
+    }
+
+    async fn check(client: &Client, config: &KubernetesConfig) -> Result<()> {
+        check_namespace(client, &config.namespace).await?;
+        for right in rights::missing(client, config).await? {
+            tracing::warn!("this server may not {right}, which it needs {}", right.why);
+        }
+        Ok(())
     }
 
     /// The pod as the API server has it now.
@@ -181,7 +192,7 @@ impl Provisioner for Kubernetes {
     }
 
     async fn ensure(&self, spec: &PodSpec) -> Result<(), ProvisionError> {
-        self.seen.listed().await;
+        self.seen.listed().await?;
         if self.seen.pod(spec.weaver).is_some() {
             return Ok(());
         }
@@ -201,7 +212,7 @@ impl Provisioner for Kubernetes {
     }
 
     async fn remove(&self, weaver: WeaverId) -> Result<bool, ProvisionError> {
-        self.seen.listed().await;
+        self.seen.listed().await?;
         let known = match self.seen.pod(weaver) {
             Some(known) => known,
             // One that was made a moment ago may not have been seen yet.
@@ -223,7 +234,7 @@ impl Provisioner for Kubernetes {
     }
 
     async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError> {
-        self.seen.listed().await;
+        self.seen.listed().await?;
         if let Some(seen) = self.seen.pod(weaver) {
             return Ok(Some(seen));
         }
@@ -232,7 +243,7 @@ impl Provisioner for Kubernetes {
     }
 
     async fn list(&self) -> Result<Vec<WeaverId>, ProvisionError> {
-        self.seen.listed().await;
+        self.seen.listed().await?;
         Ok(self.seen.weavers())
     }
 
@@ -266,11 +277,18 @@ impl Provisioner for Kubernetes {
 fn failure(error: kube::Error) -> ProvisionError {
     match error {
         kube::Error::Api(status) => anyhow::anyhow!("{}", status.message).into(),
-        error => {
-            let error = anyhow::Error::from(error);
-            anyhow::anyhow!("the Kubernetes API server cannot be reached: {}", error.root_cause()).into()
-        }
+        error => anyhow::anyhow!("{}", in_words(error)).into(),
     }
+}
+
+/// Whether the API server itself said so, or what it said was judged.
+fn is_answer(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<kube::Error>().is_none_or(|error| matches!(error, kube::Error::Api(_)))
+}
+
+/// An error that is none of the API server's.
+fn in_words(error: impl Into<anyhow::Error>) -> String {
+    format!("the Kubernetes API server cannot be reached: {}", error.into().root_cause())
 }
 
 /// Who a token says its bearer is.

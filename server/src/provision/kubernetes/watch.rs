@@ -16,13 +16,23 @@ use loom_api::WeaverId;
 use tokio::sync::{mpsc, watch};
 
 use super::{observation, pod};
-use crate::provision::{PodObservation, PodPhase};
+use crate::provision::{PodObservation, PodPhase, ProvisionError};
 
 /// What the watches have seen.
 pub(super) struct Seen {
     known: Mutex<Known>,
-    /// All pods have been listed once.
-    listed: watch::Sender<bool>,
+    listing: watch::Sender<Listing>,
+}
+
+/// Whether all pods are known.
+#[derive(Clone)]
+enum Listing {
+    /// They were not asked for yet.
+    Pending,
+    /// The API server did not say, at the last try.
+    Failed(String),
+    /// They were listed once, and are watched since.
+    Done,
 }
 
 #[derive(Default)]
@@ -39,15 +49,24 @@ struct Progress {
 
 impl Default for Seen {
     fn default() -> Self {
-        Self { known: Mutex::default(), listed: watch::Sender::new(false) }
+        Self { known: Mutex::default(), listing: watch::Sender::new(Listing::Pending) }
     }
 }
 
 impl Seen {
     /// Waits until all pods are known.
-    pub(super) async fn listed(&self) {
-        // The sender is ours.
-        let _ = self.listed.subscribe().wait_for(|listed| *listed).await;
+    ///
+    /// # Errors
+    ///
+    /// When the API server cannot be asked; then all that it lists later is told as a change.
+    pub(super) async fn listed(&self) -> Result<(), ProvisionError> {
+        let mut listing = self.listing.subscribe();
+        let settled = listing.wait_for(|listing| !matches!(listing, Listing::Pending)).await;
+        match settled.as_deref() {
+            Ok(Listing::Failed(error)) => Err(anyhow::anyhow!("{error}").into()),
+            // The sender is ours.
+            _ => Ok(()),
+        }
     }
 
     /// The pod of a weaver.
@@ -76,7 +95,7 @@ impl Seen {
         let changed = known.pods.keys().chain(pods.keys()).copied().collect();
         known.progress.retain(|weaver, _| pods.contains_key(weaver));
         known.pods = pods;
-        self.listed.send_replace(true);
+        self.listing.send_replace(Listing::Done);
         changed
     }
 }
@@ -113,6 +132,13 @@ pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<Seen>, changes: mpsc::Sen
             }
             Err(error) => {
                 tracing::warn!("the watch on pods broke and is made anew: {error}");
+                seen.listing.send_if_modified(|listing| {
+                    let is_first = !matches!(listing, Listing::Done);
+                    if is_first {
+                        *listing = Listing::Failed(super::in_words(error));
+                    }
+                    is_first
+                });
                 HashSet::new()
             }
         };

@@ -286,14 +286,14 @@ impl Kwok {
     fn start(namespace: &Namespace) -> Result<Self> {
         namespace.apply_anywhere(
             "apiVersion: v1\nkind: Node\nmetadata:\n  name: kwok-0\n  labels: {type: kwok}\n  annotations: {kwok.x-k8s.io/node: fake}\n\
-             spec: {taints: [{key: kwok.x-k8s.io/node, value: fake, effect: NoSchedule}]}\n\
-             status:\n  allocatable: {cpu: '64', memory: 512Gi, pods: '2000'}\n  capacity: {cpu: '64', memory: 512Gi, pods: '2000'}\n",
+             spec: {taints: [{key: kwok.x-k8s.io/node, value: fake, effect: NoSchedule}]}\n",
         )?;
         let child = Command::new(tools::find("kwok")?)
             .arg("--kubeconfig")
             .arg(namespace.kubeconfig())
+            .args(["--config", concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/kwok/stages.yaml")])
             .args(["--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake", "--cidr=10.87.0.0/16"])
-            .args(["--node-ip=10.86.0.1", "--manage-all-nodes=false"])
+            .args(["--node-ip=10.86.0.1", "--manage-all-nodes=false", "--node-lease-duration-seconds=40"])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

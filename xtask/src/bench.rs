@@ -20,7 +20,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let binaries = build::binaries(true)?;
     let mut bench = Command::new(binaries.join("loom-bench"));
     bench.args(&options.filter);
-    let cluster = if options.filter.as_deref() == Some("kubernetes") {
+    let cluster = if options.filter.as_deref().is_some_and(|filter| filter.starts_with("kubernetes")) {
         tools::kwok()?;
         let cluster = cluster::Own::start(&binaries)?;
         bench.env("KUBECONFIG", cluster.kubeconfig());

@@ -36,6 +36,8 @@ const TRY: Duration = Duration::from_secs(10);
 const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
 /// The largest image configuration that is read, in bytes.
 const MAX_CONFIG: usize = 1 << 20;
+/// What is said of an image that its registry does not have.
+const NO_SUCH_IMAGE: &str = "there is no such image";
 /// Images that are remembered by their digests.
 const REMEMBERED: usize = 1024;
 
@@ -132,9 +134,11 @@ impl Images {
 }
 
 fn refused(image: &str, problem: &str) -> ProvisionError {
-    ProvisionError::Refused(format!(
-        "the image {image} cannot be read: {problem}; with a command (loom new --image … -- CMD) it need not be"
-    ))
+    let way_out = match problem {
+        NO_SUCH_IMAGE => "look at its name and its tag",
+        _ => "with a command (loom new --image … -- CMD) it need not be",
+    };
+    ProvisionError::Refused(format!("the image {image} cannot be read: {problem}; {way_out}"))
 }
 
 /// Whether another try would end the same.
@@ -151,21 +155,21 @@ fn is_final(error: &OciDistributionError) -> bool {
 
 fn in_words(error: &OciDistributionError) -> String {
     match error {
-        OciDistributionError::ImageManifestNotFoundError(_) => "there is no such image".to_owned(),
+        OciDistributionError::ImageManifestNotFoundError(_) => NO_SUCH_IMAGE.to_owned(),
         OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
             "the registry wants other credentials, or there is no such image".to_owned()
         }
         OciDistributionError::RegistryError { envelope, .. } => {
             let codes = || envelope.errors.iter().map(|error| &error.code);
             if codes().any(|code| matches!(code, OciErrorCode::ManifestUnknown | OciErrorCode::NameUnknown)) {
-                "there is no such image".to_owned()
+                NO_SUCH_IMAGE.to_owned()
             } else if codes().any(|code| matches!(code, OciErrorCode::Unauthorized | OciErrorCode::Denied)) {
                 "the registry wants other credentials, or there is no such image".to_owned()
             } else {
                 envelope.errors.iter().map(|error| error.message.as_str()).collect::<Vec<_>>().join("; ")
             }
         }
-        OciDistributionError::ServerError { code: 404, .. } => "there is no such image".to_owned(),
+        OciDistributionError::ServerError { code: 404, .. } => NO_SUCH_IMAGE.to_owned(),
         OciDistributionError::ServerError { code, .. } => format!("the registry answered {code}"),
         OciDistributionError::RequestError(error) => {
             let mut cause: &dyn std::error::Error = error;

@@ -131,7 +131,7 @@ fn unscheduled(status: &PodStatus) -> Option<String> {
 
 fn pod_reason(reason: &str, message: &str) -> String {
     match reason {
-        "Evicted" => format!("its node needed room and evicted it: {message}"),
+        "Evicted" => format!("its node evicted it: {message}"),
         "DeadlineExceeded" => "its pod reached the longest life a weaver can have".to_owned(),
         _ => format!("its pod failed ({reason}): {message}"),
     }

@@ -29,9 +29,9 @@ fn main() -> Result<()> {
 
 /// Runs every group of measurements whose name contains `filter`.
 fn measure(filter: &str) -> Result<()> {
-    // It wants a cluster, which `cargo xtask bench kubernetes` starts.
-    if filter == "kubernetes" {
-        return kubernetes::measure();
+    // Those want a cluster, which `cargo xtask bench kubernetes` starts.
+    if filter.starts_with("kubernetes") {
+        return kubernetes::measure(filter);
     }
     let wanted = |name: &str| name.contains(filter);
     if wanted("peers") {

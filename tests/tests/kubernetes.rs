@@ -56,7 +56,7 @@ fn a_pod_is_restricted_pinned_and_holds_no_secret() -> Result<()> {
     assert_eq!(container["name"], "weaver");
     let image = container["image"].as_str().unwrap_or_default();
     assert!(image.contains("@sha256:"), "{image} is not pinned");
-    assert_eq!(container["resources"]["limits"], json!({"cpu": "2", "memory": "2Gi"}));
+    assert_eq!(container["resources"]["limits"], json!({"cpu": "2", "memory": "2Gi", "ephemeral-storage": "60Gi"}));
     let mounts = container["volumeMounts"].to_string();
     assert!(!mounts.contains("loom-token") && !mounts.contains("serviceaccount"), "{mounts}");
     assert_eq!(system.run(&["exec", &weaver.id, "--", "sh", "-c", "echo $COLOUR; id -u"])?, "green\n1000\n");

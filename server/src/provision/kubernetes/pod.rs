@@ -4,7 +4,7 @@
 //! init container "agent" (restartPolicy: Always, so it goes on beside the other): loom-agent sidecar
 //!     its postStart hook copies loom-agent into the volume "loom-bin" before the other container starts
 //! container "weaver": the user's image, with /loom/bin/loom-agent host as PID 1
-//! volumes: loom-bin, loom-run (the host's socket), workspace, home, tmp; loom-token for the agent alone
+//! volumes: loom-bin, loom-run (the host's socket), workspace, home; loom-token for the agent alone
 //! ```
 
 use std::collections::BTreeMap;
@@ -171,8 +171,9 @@ fn user(spec: &PodSpec, config: &KubernetesConfig) -> Container {
         working_dir: Some("/workspace".to_owned()),
         env: Some(vec![variable("LOOM_WEAVER_ID", &spec.weaver.to_string()), variable("HOME", "/home/loom")]),
         resources: Some(ResourceRequirements {
-            requests: Some(quantities(requests)),
-            limits: Some(quantities(limits)),
+            requests: Some(with_disk(quantities(requests), 0)),
+            // Each of the two volumes full, and as much in the container's own layer.
+            limits: Some(with_disk(quantities(limits), 3 * volume_megabytes(limits))),
             ..ResourceRequirements::default()
         }),
         volume_mounts: Some(vec![
@@ -204,8 +205,7 @@ fn volumes(resources: ResourceSpec) -> Vec<Volume> {
         }),
         ..VolumeProjection::default()
     };
-    // As much disk as memory, and ten times: a repository with its build, not an archive.
-    let workspace = format!("{}Mi", u64::from(resources.memory_mb) * 10);
+    let workspace = format!("{}Mi", volume_megabytes(resources));
     vec![
         empty("loom-bin", "128Mi"),
         empty("loom-run", "16Mi"),
@@ -234,6 +234,18 @@ fn quantities(resources: ResourceSpec) -> BTreeMap<String, Quantity> {
         ("memory".to_owned(), Quantity(format!("{}Mi", resources.memory_mb))),
     ]
     .into()
+}
+
+/// How large the workspace may become, and the home: ten times the memory, for a repository with its build, not an
+/// archive.
+fn volume_megabytes(resources: ResourceSpec) -> u64 {
+    u64::from(resources.memory_mb) * 10
+}
+
+/// With what the pod may put on its node's disk in all: its volumes count, too.
+fn with_disk(mut quantities: BTreeMap<String, Quantity>, megabytes: u64) -> BTreeMap<String, Quantity> {
+    quantities.insert("ephemeral-storage".to_owned(), Quantity(format!("{megabytes}Mi")));
+    quantities
 }
 
 fn toleration(taint: &Taint) -> Toleration {

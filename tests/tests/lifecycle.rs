@@ -7,7 +7,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use loom_tests::{System, cluster::registry, eventually, git::Repository, processes, system::PATIENCE};
+use loom_tests::{
+    System, cluster::registry, eventually, git::Repository, processes, system::PATIENCE, terminal::Terminal,
+};
 
 #[test]
 fn a_weaver_holds_the_repository_and_leaves_no_trace() -> Result<()> {
@@ -96,6 +98,24 @@ fn a_failed_clone_is_a_failed_weaver_with_the_reason() -> Result<()> {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("clone"), "{output:?}");
     drop(repository);
+    system.stop()
+}
+
+#[test]
+fn a_program_that_ends_at_once_is_seen_with_its_output_and_its_code() -> Result<()> {
+    let system = System::start()?;
+    // Whether it ends before anybody can attach or after is chance, and must not matter.
+    let mut terminal = Terminal::spawn(&system.loom(&["new", "--", "sh", "-c", "echo boom-$((1+0)); exit 3"]))?;
+    assert_eq!(terminal.wait(PATIENCE)?.code(), Some(3), "{}", terminal.screen());
+    terminal.expect("boom-1", PATIENCE)?;
+    terminal.expect("code 3", PATIENCE)?;
+    drop(terminal);
+    // In a script it is an error, unless the weaver was ready before.
+    let new = system.output(&["new", "--no-attach", "--", "sh", "-c", "echo boom-$((1+0)); exit 3"])?;
+    let error = String::from_utf8_lossy(&new.stderr);
+    assert!(new.status.success() || (error.contains("code 3") && error.contains("\n  boom-1\n")), "{error}");
+    let new = system.output(&["new", "--no-attach", "--", "true"])?;
+    assert!(new.status.success() && new.stdout.starts_with(b"W-"), "{new:?}");
     system.stop()
 }
 

@@ -10,7 +10,7 @@ use loom_api::{
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::attach;
+use super::{attach, logs};
 use crate::{
     backoff::Backoff,
     context::{Context, Settings},
@@ -24,6 +24,8 @@ use crate::{
 
 /// How often the request is sent when there is no answer. The server makes one weaver of them all.
 const TRIES: u32 = 4;
+/// How much of a failed program's output is shown, in lines.
+const LAST_LINES: usize = 20;
 
 /// Makes a weaver, and attaches to it.
 ///
@@ -91,7 +93,11 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         }
     };
     progress.finish();
-    ready?;
+    if let Start::Ended(reason) = ready?
+        && !attaches
+    {
+        must_have_succeeded(&client, weaver.id, &reason).await?;
+    }
     if args.json {
         let now: Value = client.get(&format!("/api/weavers/{}", weaver.id)).await.doing("cannot show the weaver")?;
         output::json(&now)?;
@@ -172,8 +178,16 @@ async fn create(client: &Client, request: &CreateWeaver) -> Result<Weaver> {
     }
 }
 
+/// How the start of a weaver ended well.
+enum Start {
+    /// People can come in.
+    Ready,
+    /// The main program is at its end already, with these words.
+    Ended(String),
+}
+
 /// Shows the stages as they come, until people can come in.
-async fn wait_until_ready(client: &Client, weaver: &Weaver, progress: &Progress) -> Result<()> {
+async fn wait_until_ready(client: &Client, weaver: &Weaver, progress: &Progress) -> Result<Start> {
     let mut events = EventStream::new(client.clone(), weaver.id);
     let mut stages = Stages::new(weaver.created_at);
     progress.waiting_for("waiting for a place");
@@ -189,14 +203,35 @@ async fn wait_until_ready(client: &Client, weaver: &Weaver, progress: &Progress)
             Step::Ready { seconds, total } => {
                 progress.done("main program runs", seconds);
                 progress.say(&ready(weaver, total));
-                return Ok(());
+                return Ok(Start::Ready);
             }
+            Step::Ended => return Ok(Start::Ended(event.message)),
             Step::Over => {
                 return Err(CliError::failure(format!("the weaver did not get ready: {}", event.message))
                     .hint(format!("see all that happened: loom events {}", weaver.id)));
             }
         }
     }
+}
+
+/// Fails with the last output of a program that has ended with another code than 0.
+async fn must_have_succeeded(client: &Client, weaver: WeaverId, reason: &str) -> Result<()> {
+    let now: Weaver = client.get(&format!("/api/weavers/{weaver}")).await.doing("cannot show the weaver")?;
+    if now.exit_code == Some(0) {
+        return Ok(());
+    }
+    let output = logs::of_ended(client, weaver).await;
+    let output = String::from_utf8_lossy(&output).replace("\r\n", "\n");
+    let lines: Vec<&str> = output.trim_end().lines().collect();
+    let mut message = format!("the weaver did not get ready: {reason}");
+    if !lines.is_empty() {
+        message.push_str("; the end of its output:");
+        for line in &lines[lines.len().saturating_sub(LAST_LINES)..] {
+            message.push_str("\n  ");
+            message.push_str(line);
+        }
+    }
+    Err(CliError::failure(message).hint(format!("see all that happened: loom events {weaver}")))
 }
 
 fn ready(weaver: &Weaver, seconds: f64) -> String {
@@ -234,6 +269,8 @@ enum Step {
     Say,
     /// People can come in.
     Ready { seconds: f64, total: f64 },
+    /// The main program ran, and has ended.
+    Ended,
     /// It will not get ready.
     Over,
 }
@@ -260,7 +297,8 @@ impl Stages {
             EventKind::Ready => {
                 return Step::Ready { seconds, total: event.at.duration_since(self.created).as_secs_f64() };
             }
-            EventKind::Failed | EventKind::Exited | EventKind::Expired | EventKind::Deleted => return Step::Over,
+            EventKind::Exited => return Step::Ended,
+            EventKind::Failed | EventKind::Expired | EventKind::Deleted => return Step::Over,
             _ => return Step::Say,
         };
         self.last = event.at;
@@ -309,9 +347,14 @@ mod tests {
 
     #[test]
     fn an_end_before_ready_is_told_at_once() {
-        for kind in [EventKind::Failed, EventKind::Exited, EventKind::Expired, EventKind::Deleted] {
+        for (kind, step) in [
+            (EventKind::Failed, Step::Over),
+            (EventKind::Exited, Step::Ended),
+            (EventKind::Expired, Step::Over),
+            (EventKind::Deleted, Step::Over),
+        ] {
             let mut stages = Stages::new(Timestamp::from_second(10).expect("in range"));
-            assert_eq!(stages.take(&event(11, kind)), Step::Over, "{kind:?}");
+            assert_eq!(stages.take(&event(11, kind)), step, "{kind:?}");
         }
     }
 

@@ -41,6 +41,7 @@ use self::{
     detach::{DetachKeys, Matcher},
     session::{Frame, Session, Told},
 };
+use super::logs;
 use crate::{
     backoff::Backoff,
     completion,
@@ -145,7 +146,9 @@ pub(super) async fn attach(context: &Context, client: &Client, weaver: WeaverId,
     let socket = match attachment.connect().await {
         Ok(socket) => socket,
         Err(error) if options.just_made => {
-            return attachment.ended(error).await.and_then(|code| attachment.report(Outcome::Exited(code)));
+            let code = attachment.ended(error).await?;
+            output::bytes(&logs::of_ended(client, weaver).await)?;
+            return attachment.report(Outcome::Exited(code));
         }
         Err(error) => return Err(CliError::from(error).doing("cannot attach")),
     };

@@ -7,7 +7,7 @@ use super::pod;
 use crate::provision::{PodObservation, PodPhase};
 
 /// Signs in a puller's message that no further try will help: container runtimes have no codes for it.
-const NO_SUCH_IMAGE: [&str; 5] = ["not found", "unauthorized", "denied", "forbidden", "does not exist"];
+const NO_SUCH_IMAGE: [&str; 6] = ["not found", "unauthorized", "denied", "forbidden", "does not exist", "no such host"];
 
 /// What is seen of a weaver's pod; nothing when it is not one.
 pub(super) fn of(pod: &Pod) -> Option<PodObservation> {
@@ -107,6 +107,8 @@ fn waiting(state: &ContainerState) -> Option<(String, bool)> {
     let message = waiting.message.as_deref().unwrap_or_default();
     match waiting.reason.as_deref()? {
         "ErrImagePull" | "ImagePullBackOff" => {
+            // Between two tries the kubelet says what the last one said, behind words of its own.
+            let message = message.split_once(": ErrImagePull: ").map_or(message, |(_, last)| last);
             let lower = message.to_lowercase();
             let hopeless = NO_SUCH_IMAGE.iter().any(|sign| lower.contains(sign));
             Some((format!("the image cannot be pulled: {message}"), hopeless))
@@ -185,7 +187,10 @@ mod tests {
             }]}))
         };
         assert_eq!(pulling("failed to resolve reference: example.org/a: not found").0, PodPhase::Failed);
-        assert_eq!(pulling("dial tcp: i/o timeout").0, PodPhase::Pending);
+        assert_eq!(pulling("dial tcp: lookup example.invalid: no such host").0, PodPhase::Failed);
+        let slow = pulling("dial tcp: i/o timeout");
+        assert_eq!(slow.0, PodPhase::Pending);
+        assert_eq!(pulling("Back-off pulling image \"a\": ErrImagePull: dial tcp: i/o timeout"), slow);
     }
 
     #[test]

@@ -174,8 +174,7 @@ impl Debian {
         }
         let status = command.arg(RELEASE).arg(&layer).status().context("starting mmdebstrap")?;
         ensure!(status.success(), "mmdebstrap failed");
-        oci::write(archive, &layer, &self.runs)?;
-        Ok(fs::remove_file(layer)?)
+        oci::write(archive, &layer, &self.runs)
     }
 }
 
@@ -204,29 +203,15 @@ fn finish(directory: &Path, archive: &Path, runs: &Runs) -> Result<PathBuf> {
     let layer = archive.with_extension("layer.tar");
     oci::tar(directory, &layer)?;
     oci::write(archive, &layer, runs)?;
-    fs::remove_file(layer)?;
     fs::remove_dir_all(directory)?;
     Ok(archive.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io, thread};
-
-    use ring::digest::{Context as Hash, SHA256};
+    use std::thread;
 
     use super::*;
-
-    fn digest(file: &Path) -> io::Result<Vec<u8>> {
-        let (mut hash, mut file) = (Hash::new(&SHA256), File::open(file)?);
-        let mut chunk = vec![0; 1 << 20];
-        loop {
-            match io::Read::read(&mut file, &mut chunk)? {
-                0 => return Ok(hash.finish().as_ref().to_vec()),
-                length => hash.update(&chunk[..length]),
-            }
-        }
-    }
 
     #[test]
     fn the_official_image_is_the_same_whenever_it_is_built() {
@@ -237,7 +222,7 @@ mod tests {
         let build = |name| {
             let archive = directory.join(name);
             image.build(&archive).unwrap();
-            digest(&archive).unwrap()
+            oci::sha256(&archive).unwrap()
         };
         let (first, second) = thread::scope(|scope| {
             let first = scope.spawn(|| build("first.tar"));

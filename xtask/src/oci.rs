@@ -3,12 +3,13 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    io::{self, Read as _},
+    path::Path,
     process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ring::digest::{SHA256, digest};
+use ring::digest::{Context as Hash, SHA256};
 use serde_json::{Value, json};
 
 /// The time that every file and image has: the same files are then the same image.
@@ -25,14 +26,13 @@ pub(crate) struct Runs {
     pub(crate) directory: &'static str,
 }
 
-/// Writes an image of one layer, the uncompressed tar `layer`, to `archive`.
+/// Writes an image of one layer, the uncompressed tar `layer`, to `archive`. The layer is moved into it.
 pub(crate) fn write(archive: &Path, layer: &Path, runs: &Runs) -> Result<()> {
     let directory = archive.with_extension("oci");
     // What an interrupted build left.
     let _ = fs::remove_dir_all(&directory);
     fs::create_dir_all(directory.join("blobs/sha256"))?;
-    let layer = fs::read(layer).with_context(|| format!("reading {}", layer.display()))?;
-    let layer = Blob::add(&directory, "application/vnd.oci.image.layer.v1.tar", &layer)?;
+    let layer = Blob::take(&directory, "application/vnd.oci.image.layer.v1.tar", layer)?;
     let mut env = vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
     env.extend(runs.env.iter().cloned());
     let config = json!({
@@ -79,20 +79,41 @@ pub(crate) fn tar(directory: &Path, archive: &Path) -> Result<()> {
 struct Blob {
     media_type: &'static str,
     digest: String,
-    size: usize,
+    size: u64,
 }
 
 impl Blob {
     fn add(directory: &Path, media_type: &'static str, content: &[u8]) -> Result<Self> {
-        let hex = digest(&SHA256, content).as_ref().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let path: PathBuf = directory.join("blobs/sha256").join(&hex);
-        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
-        Ok(Self { media_type, digest: format!("sha256:{hex}"), size: content.len() })
+        let file = directory.join("content");
+        fs::write(&file, content).with_context(|| format!("writing {}", file.display()))?;
+        Self::take(directory, media_type, &file)
+    }
+
+    /// Moves a file into the image.
+    fn take(directory: &Path, media_type: &'static str, file: &Path) -> Result<Self> {
+        let hex = sha256(file).with_context(|| format!("reading {}", file.display()))?;
+        let size = fs::metadata(file)?.len();
+        fs::rename(file, directory.join("blobs/sha256").join(&hex))?;
+        Ok(Self { media_type, digest: format!("sha256:{hex}"), size })
     }
 
     fn descriptor(&self) -> Value {
         json!({"mediaType": self.media_type, "digest": self.digest, "size": self.size})
     }
+}
+
+/// The SHA-256 of a file, in hexadecimal.
+pub(crate) fn sha256(file: &Path) -> io::Result<String> {
+    let mut file = fs::File::open(file)?;
+    let mut hash = Hash::new(&SHA256);
+    let mut chunk = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => break,
+            length => hash.update(&chunk[..length]),
+        }
+    }
+    Ok(hash.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn bytes(value: &Value) -> Vec<u8> {

@@ -51,8 +51,8 @@ const SILENCE: Duration = Duration::from_secs(40);
 const GRANT_TIMEOUT: Duration = Duration::from_secs(2);
 /// What agents wait before they come back to a server that stops, plus their own jitter.
 const RECONNECT_AFTER_MS: u64 = 200;
-/// How much of a control link is read at once, in bytes: more than almost all messages have. Each link has a buffer of that
-/// size.
+/// How much of a control link is read at once, in bytes: more than almost all messages have. Each link has a buffer of
+/// that size.
 const READ_BUFFER: usize = 4 << 10;
 
 /// The links that are up.
@@ -265,6 +265,9 @@ async fn run_link(app: &AppState, row: WeaverRow, mut socket: WebSocket) -> anyh
     .await;
     if app.agents.disconnected(weaver, serial) && !app.stopping.is_cancelled() {
         app.events.write(weaver, EventKind::AgentDisconnected, "the agent's connection was lost").await;
+    }
+    if app.agents.info(weaver).is_none() {
+        app.streams.lost(weaver);
     }
     result
 }

@@ -19,6 +19,7 @@ use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
 use crate::{
+    api::weavers::gone,
     app::AppState,
     auth::AgentCaller,
     problem::{Answer, Problem},
@@ -47,8 +48,8 @@ impl Streams {
     ///
     /// # Errors
     ///
-    /// `weaver_not_ready` when no agent is connected or it cannot open the stream, `agent_unreachable` when it does not
-    /// answer.
+    /// `weaver_gone` when the weaver has ended meanwhile, `weaver_not_ready` when no agent is connected or it cannot open
+    /// the stream, `agent_unreachable` when it does not answer.
     pub async fn open(&self, app: &AppState, weaver: WeaverId, kind: StreamKind) -> Answer<WebSocket> {
         let stream = Uuid::new_v4();
         let (arrived, wait) = oneshot::channel();
@@ -64,13 +65,15 @@ impl Streams {
         // Removes the entry however this ends, also when the client goes and this is dropped.
         let _cleared = Cleared { streams: self, stream };
         if !app.agents.send(weaver, ServerMessage::OpenStream { stream, kind }) {
-            return Err(Problem::new(ErrorCode::WeaverNotReady, "the weaver's agent is not connected")
-                .hint("it comes back by itself; `loom events` shows what happens"));
+            return Err(without_agent(app, weaver).await);
         }
         match timeout(DIAL_BACK, wait).await {
             Ok(Ok(Ok(socket))) => Ok(socket),
             Ok(Ok(Err(reason))) => Err(Problem::new(ErrorCode::WeaverNotReady, reason)),
-            _ => Err(Problem::new(ErrorCode::AgentUnreachable, "the weaver's agent did not answer").hint("try again")),
+            Ok(Err(_)) => Err(without_agent(app, weaver).await),
+            Err(_) => {
+                Err(Problem::new(ErrorCode::AgentUnreachable, "the weaver's agent did not answer").hint("try again"))
+            }
         }
     }
 
@@ -82,10 +85,23 @@ impl Streams {
         }
     }
 
+    /// A weaver's agent is no longer connected: who waits for it waits in vain.
+    pub fn lost(&self, weaver: WeaverId) {
+        self.pending().retain(|_, pending| pending.weaver != weaver);
+    }
+
     /// The stream that an agent dials, if it was asked of that agent. It can be taken once.
     fn take(&self, weaver: WeaverId, stream: Uuid) -> Option<Pending> {
         let mut pending = self.pending();
         if pending.get(&stream).is_some_and(|entry| entry.weaver == weaver) { pending.remove(&stream) } else { None }
+    }
+}
+
+async fn without_agent(app: &AppState, weaver: WeaverId) -> Problem {
+    match app.store.weaver(weaver).await {
+        Ok(Some(row)) if row.ended_at.is_some() => gone(&row),
+        _ => Problem::new(ErrorCode::WeaverNotReady, "the weaver's agent is not connected")
+            .hint("it comes back by itself; `loom events` shows what happens"),
     }
 }
 

@@ -111,7 +111,8 @@ fn a_program_that_ends_at_once_is_seen_with_its_output_and_its_code() -> Result<
     terminal.expect("code 3", PATIENCE)?;
     drop(terminal);
     // In a script it is an error, unless the weaver was ready before.
-    let new = system.output(&["new", "--no-attach", "--", "sh", "-c", "echo boom-$((1+0)); exit 3"])?;
+    let new =
+        system.output(&["new", "--no-attach", "--", "sh", "-c", "printf '\\033[31mboom-1\\033[0m\\n'; exit 3"])?;
     let error = String::from_utf8_lossy(&new.stderr);
     assert!(new.status.success() || (error.contains("code 3") && error.contains("\n  boom-1\n")), "{error}");
     let new = system.output(&["new", "--no-attach", "--", "true"])?;

@@ -1,5 +1,6 @@
 //! `loom new`: makes a weaver, shows how it comes to be, and goes in.
 
+use anstream::adapter::strip_str;
 use jiff::Timestamp;
 use loom_api::{
     OrgId, WeaverId,
@@ -221,14 +222,14 @@ async fn must_have_succeeded(client: &Client, weaver: WeaverId, reason: &str) ->
         return Ok(());
     }
     let output = logs::of_ended(client, weaver).await;
-    let output = String::from_utf8_lossy(&output).replace("\r\n", "\n");
+    let output = strip_str(&String::from_utf8_lossy(&output)).to_string();
     let lines: Vec<&str> = output.trim_end().lines().collect();
     let mut message = format!("the weaver did not get ready: {reason}");
     if !lines.is_empty() {
         message.push_str("; the end of its output:");
         for line in &lines[lines.len().saturating_sub(LAST_LINES)..] {
             message.push_str("\n  ");
-            message.push_str(line);
+            message.push_str(line.trim_end());
         }
     }
     Err(CliError::failure(message).hint(format!("see all that happened: loom events {weaver}")))

@@ -400,7 +400,8 @@ pub(crate) async fn find_running(app: &AppState, caller: &UserCaller, reference:
         .hint("loom events ID -f shows how far it is"))
 }
 
-fn gone(row: &WeaverRow) -> Problem {
+/// That a weaver has ended, and why.
+pub(crate) fn gone(row: &WeaverRow) -> Problem {
     let reason = row.reason.as_deref().unwrap_or("it has ended");
     Problem::new(ErrorCode::WeaverGone, format!("{} is gone: {reason}", row.id)).hint("make another: loom new")
 }

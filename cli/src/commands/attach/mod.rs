@@ -164,6 +164,10 @@ pub(super) async fn attach(context: &Context, client: &Client, weaver: WeaverId,
         outcome = attachment.network(socket, &mut stdout) => outcome,
         never = attachment.watch_for_stops() => match never {},
     };
+    if matches!(outcome, Ok(Outcome::Exited(_))) && !attachment.drawn.get() {
+        // It was over before there was anything to see.
+        let _ = timeout(LAST_WRITE, stdout.write_all(&logs::of_ended(client, weaver).await)).await;
+    }
     let _ = timeout(LAST_WRITE, stdout.flush()).await;
     attachment.raw = None;
     attachment.begin_line()?;

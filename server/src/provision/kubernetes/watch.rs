@@ -25,7 +25,6 @@ pub(super) struct Seen {
 }
 
 /// Whether all pods are known.
-#[derive(Clone)]
 enum Listing {
     /// They were not asked for yet.
     Pending,

@@ -4,19 +4,23 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use futures_util::StreamExt as _;
 use k8s_openapi::{api::core::v1, apimachinery::pkg::apis::meta::v1::MicroTime, jiff::Timestamp};
 use kube::{
     Api,
-    runtime::{WatchStreamExt as _, watcher},
+    runtime::{WatchStreamExt as _, utils::Backoff, watcher},
 };
 use loom_api::WeaverId;
 use tokio::sync::{mpsc, watch};
 
 use super::{observation, pod};
 use crate::provision::{PodObservation, PodPhase, ProvisionError};
+
+/// The longest pause before a watch that broke is made anew: so long the news of an outage's end may take.
+const MOST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What the watches have seen.
 pub(super) struct Seen {
@@ -99,10 +103,28 @@ impl Seen {
     }
 }
 
+/// The usual pauses between two tries, jittered and growing, but never longer than [`MOST_PAUSE`].
+#[derive(Default)]
+struct Pauses(watcher::DefaultBackoff);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(MOST_PAUSE))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
 /// Watches the pods, for ever; `changes` gets each weaver whose pod has changed.
 pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<Seen>, changes: mpsc::Sender<WeaverId>) {
     let config = watcher::Config::default().labels(pod::SELECTOR);
-    let mut events = std::pin::pin!(watcher(pods, config).default_backoff());
+    let mut events = std::pin::pin!(watcher(pods, config).backoff(Pauses::default()));
     let mut listing = HashMap::new();
     while let Some(event) = events.next().await {
         let changed = match event {
@@ -151,7 +173,7 @@ pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<Seen>, changes: mpsc::Sen
 /// Watches what Kubernetes says of the pods, for ever; `changes` gets each weaver that there is news of.
 pub(super) async fn events(events: Api<v1::Event>, seen: Arc<Seen>, changes: mpsc::Sender<WeaverId>) {
     let config = watcher::Config::default().fields("involvedObject.kind=Pod");
-    let mut events = std::pin::pin!(watcher(events, config).default_backoff());
+    let mut events = std::pin::pin!(watcher(events, config).backoff(Pauses::default()));
     while let Some(event) = events.next().await {
         let event = match event {
             Ok(watcher::Event::InitApply(event) | watcher::Event::Apply(event)) => event,

@@ -97,8 +97,7 @@ impl Hub {
             link.outbox.try_send(ServerMessage::Grant { serial, grant }).is_ok()
         });
         if !sent {
-            return Err(Problem::new(ErrorCode::WeaverNotReady, "the weaver's agent is not connected")
-                .hint("it comes back by itself; `loom events` shows what happens"));
+            return Err(not_connected());
         }
         let answer = timeout(GRANT_TIMEOUT, wait).await;
         if let Some(link) = self.links().get_mut(&weaver) {
@@ -145,7 +144,7 @@ impl Hub {
     /// How many links are up.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.links().len()
     }
 
     /// Whether the link `serial` was the weaver's last one.
@@ -223,6 +222,12 @@ pub async fn control(
             tracing::info!(%weaver, "control link: {error:#}");
         }
     }))
+}
+
+/// That a weaver's agent has no link now.
+pub(crate) fn not_connected() -> Problem {
+    Problem::new(ErrorCode::WeaverNotReady, "the weaver's agent is not connected")
+        .hint("it comes back by itself; `loom events` shows what happens")
 }
 
 async fn live_row(app: &AppState, weaver: WeaverId) -> Answer<WeaverRow> {

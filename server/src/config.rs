@@ -276,9 +276,10 @@ impl Settings {
         let listen = given.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7700));
         let backend = given.backend.unwrap_or(Backend::Local);
         let public_url = given.public_url.as_ref().map(|url| url.trim_end_matches('/').to_owned());
+        let agent_udp = given.agent_udp.unwrap_or(Switch::On) == Switch::On;
         let kubernetes = match backend {
             Backend::Local => None,
-            Backend::Kubernetes => Some(given.clone().kubernetes(public_url.as_deref())?),
+            Backend::Kubernetes => Some(given.clone().kubernetes(public_url.as_deref(), agent_udp)?),
         };
         let tls = match (given.tls_cert, given.tls_key) {
             (Some(certificate), Some(key)) => {
@@ -330,7 +331,7 @@ impl Settings {
             cleanup_interval: Duration::from_secs(seconds),
             agent: std::path::absolute(agent)?,
             local_network: given.local_network.unwrap_or(LocalNetwork::Isolated),
-            agent_udp: given.agent_udp.unwrap_or(Switch::On) == Switch::On,
+            agent_udp,
             local_uid,
             kubernetes,
         })
@@ -376,7 +377,7 @@ impl Settings {
         }
     }
 
-    fn kubernetes(self, public_url: Option<&str>) -> Result<KubernetesConfig> {
+    fn kubernetes(self, public_url: Option<&str>, agent_udp: bool) -> Result<KubernetesConfig> {
         let agent_url = self.kubernetes_agent_url.or_else(|| public_url.map(str::to_owned)).context(
             "the Kubernetes backend needs to know where pods reach the server: set kubernetes-agent-url or public-url",
         )?;
@@ -394,7 +395,7 @@ impl Settings {
             agent_ca: self.kubernetes_agent_ca,
             pull_secrets: self.kubernetes_pull_secrets,
             plain_http_registries: self.kubernetes_plain_http_registries,
-            agent_udp: self.agent_udp.unwrap_or(Switch::On) == Switch::On,
+            agent_udp,
             node_selector: self.kubernetes_node_selector.iter().map(label).collect::<Result<_>>()?,
             tolerations: self.kubernetes_tolerations.iter().map(|taint| taint.parse()).collect::<Result<_>>()?,
             requests: ResourceSpec {

@@ -19,6 +19,7 @@ use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
 use crate::{
+    agents::not_connected,
     api::weavers::gone,
     app::AppState,
     auth::AgentCaller,
@@ -100,8 +101,7 @@ impl Streams {
 async fn without_agent(app: &AppState, weaver: WeaverId) -> Problem {
     match app.store.weaver(weaver).await {
         Ok(Some(row)) if row.ended_at.is_some() => gone(&row),
-        _ => Problem::new(ErrorCode::WeaverNotReady, "the weaver's agent is not connected")
-            .hint("it comes back by itself; `loom events` shows what happens"),
+        _ => not_connected(),
     }
 }
 

@@ -67,6 +67,17 @@ impl System {
         Ok(Answer { status: status.parse()?, body: serde_json::from_str(body).unwrap_or_default() })
     }
 
+    /// Has the administrator make a weaver, and does not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// When it is not made.
+    pub fn create_weaver(&self, body: &Value) -> Result<Weaver> {
+        let answer = self.request(Some(&self.admin_token()?), "POST", "/api/weavers", Some(&body.to_string()))?;
+        ensure!(answer.status == 201, "creating a weaver: {answer:?}");
+        Ok(Weaver { id: answer.body["id"].as_str().context("an id")?.to_owned() })
+    }
+
     /// Opens an attach WebSocket, with a subprotocol or without one.
     ///
     /// # Errors
@@ -86,6 +97,19 @@ impl System {
             tungstenite::client(request, stream).map_err(|error| anyhow::anyhow!("attaching: {error}"))?;
         Ok(socket)
     }
+}
+
+/// The figures that a server shows at `address`.
+///
+/// # Errors
+///
+/// When it does not.
+pub fn metrics(address: &str) -> Result<String> {
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--fail", "--noproxy", "*", "--max-time", "10", &format!("http://{address}/metrics")]);
+    let output = output_with_input(curl, b"")?;
+    ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// Reads frames until the text of them contains `wanted`; all that was read.

@@ -1,7 +1,6 @@
 //! A namespace of the test cluster, for one system's weavers: Pod Security *restricted* is enforced in it.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -148,10 +147,7 @@ impl Namespace {
 
     /// The settings of a server in front of this namespace, with a certificate in `directory` for the node's address.
     pub(crate) fn server_settings(&self, directory: &Path, port: u16) -> Result<Vec<(String, String)>> {
-        let certificates = directory.join("pki");
-        fs::create_dir(&certificates)?;
-        pki::authority(&certificates)?;
-        pki::leaf(&certificates, "server", "/CN=loom-server", &format!("IP:127.0.0.1,IP:{}", cluster::NODE))?;
+        let certificates = pki::for_server(directory, &format!("IP:127.0.0.1,IP:{}", cluster::NODE))?;
         let file = |name: &str| certificates.join(name).to_string_lossy().into_owned();
         let settings = [
             ("KUBECONFIG", self.kubeconfig.to_string_lossy().into_owned()),

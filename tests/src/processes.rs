@@ -60,6 +60,20 @@ pub fn memory(pid: i32) -> Option<Memory> {
     Some(Memory { resident: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
 }
 
+/// The fields of a process's `stat` (proc(5)) from the third on, its state; nothing when it has gone.
+#[must_use]
+pub fn stat(pid: i32) -> Option<Vec<String>> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may contain anything.
+    Some(stat.rsplit_once(") ")?.1.split(' ').map(str::to_owned).collect())
+}
+
+/// All live processes but this one.
+#[must_use]
+pub fn all() -> Vec<Process> {
+    live(|_, _| true)
+}
+
 /// All live processes that name `directory` in their arguments or environment, have mounts from it, or work in it.
 #[must_use]
 pub fn belonging_to(directory: &Path) -> Vec<Process> {

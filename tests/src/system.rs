@@ -108,10 +108,7 @@ impl System {
     pub fn of_another_server(url: &str, names: &str) -> Result<Self> {
         let mut system = Self::without_server(&built_binaries()?, None)?;
         system.elsewhere = Some(url.to_owned());
-        let certificates = system.path("pki");
-        fs::create_dir(&certificates)?;
-        pki::authority(&certificates)?;
-        pki::leaf(&certificates, "server", "/CN=loom-server", names)?;
+        pki::for_server(system.directory.path(), names)?;
         Ok(system)
     }
 

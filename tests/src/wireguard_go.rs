@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{System, Weaver, system::PATIENCE, system::output_with_input, tools, wait::eventually};
 
@@ -123,19 +123,11 @@ impl KeyPair {
 
 /// `POST /api/weavers/ID/tunnel`, as another program than ours would.
 fn open_tunnel(system: &System, weaver: &Weaver, public_key: &str) -> Result<Value> {
-    let mut curl = Command::new("curl");
-    curl.envs(system.environment());
-    curl.args(["-sS", "--fail-with-body", "--noproxy", "*", "--config", "-"]);
-    // By standard input, so that the token stands in no process list.
-    let config = format!(
-        "url = \"{}/api/weavers/{}/tunnel\"\nheader = \"Authorization: Bearer {}\"\nheader = \"Content-Type: application/json\"\ndata = \"{{\\\"public_key\\\":\\\"{public_key}\\\"}}\"\n",
-        system.url(),
-        weaver.id,
-        system.admin_token()?,
-    );
-    let output = output_with_input(curl, config.as_bytes())?;
-    ensure!(output.status.success(), "opening a tunnel: {}", String::from_utf8_lossy(&output.stdout));
-    Ok(serde_json::from_slice(&output.stdout)?)
+    let path = format!("/api/weavers/{}/tunnel", weaver.id);
+    let body = json!({"public_key": public_key}).to_string();
+    let answer = system.request(Some(&system.admin_token()?), "POST", &path, Some(&body))?;
+    ensure!(answer.status < 300, "opening a tunnel: {answer:?}");
+    Ok(answer.body)
 }
 
 fn encode(bytes: &[u8]) -> Result<String> {

@@ -10,8 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, Weaver, cluster, cluster::registry, eventually, namespace::Namespace, system::PATIENCE,
-    system::output_with_input, tools,
+    System, Weaver, api, cluster, cluster::registry, eventually, namespace::Namespace, system::PATIENCE, tools,
 };
 
 /// The server's fixed address among the cluster's services: there is no DNS in the test cluster.
@@ -159,10 +158,6 @@ impl Deployed {
             "--selector=app.kubernetes.io/name=loom-server",
             "--output=jsonpath={.items[0].status.podIP}",
         ])?;
-        let mut curl = Command::new("curl");
-        curl.args(["-sS", "--fail", "--noproxy", "*", "--max-time", "10", &format!("http://{address}:9090/metrics")]);
-        let output = output_with_input(curl, b"")?;
-        ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(String::from_utf8(output.stdout)?)
+        api::metrics(&format!("{address}:9090"))
     }
 }

@@ -18,13 +18,6 @@ fn pod(system: &System, weaver: &Weaver) -> Result<Value> {
     namespace(system)?.pod(weaver)?.context("the weaver's pod")
 }
 
-/// Makes a weaver by the API, and does not wait for it.
-fn create(system: &System, body: &Value) -> Result<Weaver> {
-    let answer = system.request(Some(&system.admin_token()?), "POST", "/api/weavers", Some(&body.to_string()))?;
-    ensure!(answer.status == 201, "creating a weaver: {answer:?}");
-    Ok(Weaver { id: answer.body["id"].as_str().context("an id")?.to_owned() })
-}
-
 /// Waits until the weaver's reason contains `words`; the weaver as it is then.
 fn reason(system: &System, weaver: &Weaver, words: &str) -> Result<Value> {
     let mut last = Value::Null;
@@ -149,7 +142,7 @@ fn what_no_node_can_hold_says_what_is_missing() -> Result<()> {
         ("LOOM_SERVER_KUBERNETES_REQUEST_MEMORY_MB", "64"),
     ])?;
     let start = Instant::now();
-    let weaver = create(&system, &json!({"resources": {"cpu_millicores": 900_000, "memory_mb": 64}}))?;
+    let weaver = system.create_weaver(&json!({"resources": {"cpu_millicores": 900_000, "memory_mb": 64}}))?;
     let described = reason(&system, &weaver, "Insufficient cpu")?;
     assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
     assert_eq!(described["status"], "Pending", "room may come");
@@ -162,7 +155,7 @@ fn a_program_that_takes_too_much_memory_is_said_to_have_done_so() -> Result<()> 
     let eat = json!({
         "command": ["python3", "-c", "b = bytearray(512 << 20)"], "resources": {"cpu_millicores": 1000, "memory_mb": 64}
     });
-    let weaver = create(&system, &eat)?;
+    let weaver = system.create_weaver(&eat)?;
     let described = eventually("the weaver to end", PATIENCE, || {
         let described = system.describe(&weaver)?;
         Ok((described["status"] == "Failed").then_some(described))
@@ -178,7 +171,7 @@ fn what_the_node_does_is_told_as_it_comes() -> Result<()> {
     let weaver = system.new_weaver(&[])?;
     let events = system.run(&["events", &weaver.id])?;
     assert!(events.contains("its node has the image") || events.contains("its node pulled the image in"), "{events}");
-    let weaver = create(&system, &json!({"image": registry::image("absent"), "command": ["true"]}))?;
+    let weaver = system.create_weaver(&json!({"image": registry::image("absent"), "command": ["true"]}))?;
     let described = reason(&system, &weaver, "cannot be pulled")?;
     assert_eq!(described["status"], "Failed", "there is nothing to wait for");
     system.stop()
@@ -198,7 +191,7 @@ fn a_quota_is_named_and_when_it_has_room_the_weaver_starts() -> Result<()> {
         let quota = namespace.kubectl(&["get", "resourcequota", "few", "-o", "jsonpath={.status.hard.pods}"])?;
         Ok((quota == "0").then_some(()))
     })?;
-    let weaver = create(&system, &json!({}))?;
+    let weaver = system.create_weaver(&json!({}))?;
     let described = reason(&system, &weaver, "exceeded quota")?;
     assert_eq!(described["status"], "Pending");
     quota(5)?;
@@ -247,7 +240,7 @@ fn a_namespace_that_goes_takes_its_weavers_and_new_ones_wait_for_its_return() ->
     // Deletes it, and waits for its end.
     namespace.kubectl(&["delete", "namespace", namespace.name(), "--timeout=60s"])?;
     assert_eq!(reason(&system, &first, "its pod")?["status"], "Failed");
-    let second = create(&system, &json!({}))?;
+    let second = system.create_weaver(&json!({}))?;
     let waiting = reason(&system, &second, "not found")?;
     assert_eq!(waiting["status"], "Pending");
     assert!(waiting["reason"].as_str().is_some_and(|reason| reason.contains(namespace.name())), "{waiting}");
@@ -266,7 +259,7 @@ fn five_hundred_at_once_have_one_pod_each_and_leave_none() -> Result<()> {
         ("LOOM_SERVER_KUBERNETES_NODE_SELECTOR", "loom-test=no-such-node"),
     ])?;
     let ids: Vec<String> =
-        (0..MANY).map(|_| Ok(create(&system, &json!({"command": ["true"]}))?.id)).collect::<Result<_>>()?;
+        (0..MANY).map(|_| Ok(system.create_weaver(&json!({"command": ["true"]}))?.id)).collect::<Result<_>>()?;
     eventually("all pods", LONG, || Ok((system.count_pods()? >= MANY).then_some(())))?;
     let mut owners: Vec<String> = namespace(&system)?
         .pods()?

@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
 use crate::{
@@ -67,8 +67,7 @@ fn program(name: &str, binaries: &Path) -> Result<PathBuf> {
         .context("the system's certificate authorities (package ca-certificates)")?;
     add(&directory, "etc/ssl/certs/ca-certificates.crt", &authorities)?;
     add(&directory, &format!("usr/local/bin/{binary}"), "")?;
-    let status = Command::new("strip").arg("-o").arg(&target).arg(binaries.join(&binary)).status()?;
-    ensure!(status.success(), "stripping {binary} failed");
+    tools::run(Command::new("strip").arg("-o").arg(&target).arg(binaries.join(&binary)))?;
     executable(&target)?;
     let runs = Runs { entrypoint: vec![format!("/usr/local/bin/{binary}")], user: "1000:1000", ..Runs::default() };
     finish(&directory, &archive, &runs)
@@ -172,8 +171,7 @@ impl Debian {
         if let Some(entrypoint) = &self.entrypoint {
             command.arg(format!("--customize-hook=copy-in {} /usr/local/bin", entrypoint.display()));
         }
-        let status = command.arg(RELEASE).arg(&layer).status().context("starting mmdebstrap")?;
-        ensure!(status.success(), "mmdebstrap failed");
+        tools::run(command.arg(RELEASE).arg(&layer))?;
         oci::write(archive, &layer, &self.runs)
     }
 }

@@ -8,9 +8,11 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use ring::digest::{Context as Hash, SHA256};
 use serde_json::{Value, json};
+
+use crate::tools;
 
 /// The time that every file and image has: the same files are then the same image.
 pub(crate) const EPOCH: &str = "1767225600"; // 2026-01-01
@@ -60,18 +62,16 @@ pub(crate) fn write(archive: &Path, layer: &Path, runs: &Runs) -> Result<()> {
 /// Packs a directory's files, in order, owned by root, at [`EPOCH`].
 pub(crate) fn tar(directory: &Path, archive: &Path) -> Result<()> {
     let temporary = archive.with_extension("part");
-    let status = Command::new("tar")
-        .args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--format=posix"])
+    let mut tar = Command::new("tar");
+    tar.args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--format=posix"])
         .args(["--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime"])
         .arg(format!("--mtime=@{EPOCH}"))
         .arg("--file")
         .arg(&temporary)
         .args(["--create", "--directory"])
         .arg(directory)
-        .arg(".")
-        .status()
-        .context("starting tar")?;
-    ensure!(status.success(), "packing {} failed", directory.display());
+        .arg(".");
+    tools::run(&mut tar).with_context(|| format!("packing {}", directory.display()))?;
     Ok(fs::rename(temporary, archive)?)
 }
 

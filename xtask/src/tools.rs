@@ -186,7 +186,8 @@ fn need_go(what: &str) -> Result<()> {
     Ok(())
 }
 
-fn run(command: &mut Command) -> Result<()> {
+/// Runs a program that has to succeed.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("starting {}", command.get_program().display()))?;
     ensure!(status.success(), "{} failed", command.get_program().display());
     Ok(())

@@ -105,15 +105,8 @@ pub(super) fn masquerade(pods: &str) -> Vec<&str> {
 
 /// Each process's parent.
 fn parents() -> HashMap<i32, i32> {
-    let Ok(entries) = fs::read_dir("/proc") else { return HashMap::new() };
-    entries
-        .flatten()
-        .filter_map(|entry| {
-            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-            Some((pid, stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?))
-        })
-        .collect()
+    let parent = |pid| processes::stat(pid)?.get(1)?.parse().ok();
+    processes::all().iter().filter_map(|process| Some((process.pid, parent(process.pid)?))).collect()
 }
 
 /// In the order in which they were mounted.

@@ -233,9 +233,7 @@ fn live(file: &Path) -> Option<i32> {
 
 /// When a process started, in clock ticks since boot; nothing when it has ended (proc(5), fields 3 and 22 of `stat`).
 fn start_time(pid: i32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may contain anything.
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    let mut fields = processes::stat(pid)?.into_iter();
     let state = fields.next()?;
-    (state != "Z").then(|| fields.nth(18).map(str::to_owned))?
+    (state != "Z").then(|| fields.nth(18))?
 }

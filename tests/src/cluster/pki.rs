@@ -1,6 +1,9 @@
 //! The cluster's certificates, by `openssl`; they live as long as the cluster.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 
@@ -30,7 +33,7 @@ pub(super) fn make(directory: &Path) -> Result<()> {
 }
 
 /// Makes an authority, `ca.crt` and `ca.key`.
-pub(crate) fn authority(directory: &Path) -> Result<()> {
+fn authority(directory: &Path) -> Result<()> {
     let (secret, certificate) = (file(directory, "ca", "key"), file(directory, "ca", "crt"));
     key(&secret)?;
     let subject = ["-days", "30", "-subj", "/CN=loom-test", "-out", &certificate];
@@ -38,7 +41,7 @@ pub(crate) fn authority(directory: &Path) -> Result<()> {
 }
 
 /// Makes a certificate of that authority, for `names` as `subjectAltName` has them.
-pub(crate) fn leaf(directory: &Path, name: &str, subject: &str, names: &str) -> Result<()> {
+fn leaf(directory: &Path, name: &str, subject: &str, names: &str) -> Result<()> {
     let part = |extension: &str| file(directory, name, extension);
     key(&part("key"))?;
     run("openssl", &["req", "-new", "-key", &part("key"), "-subj", subject, "-out", &part("csr")])?;
@@ -48,6 +51,15 @@ pub(crate) fn leaf(directory: &Path, name: &str, subject: &str, names: &str) -> 
     let mut sign = vec!["x509", "-req", "-in", &request, "-CA", &authority, "-CAkey", &secret, "-CAcreateserial"];
     sign.extend(["-days", "30", "-extfile", &extensions, "-out", &certificate]);
     run("openssl", &sign)
+}
+
+/// Makes an authority, and a certificate of it for a Loom server of these names, in the new folder `pki` of `directory`.
+pub(crate) fn for_server(directory: &Path, names: &str) -> Result<PathBuf> {
+    let folder = directory.join("pki");
+    fs::create_dir(&folder)?;
+    authority(&folder)?;
+    leaf(&folder, "server", "/CN=loom-server", names)?;
+    Ok(folder)
 }
 
 fn key(path: &str) -> Result<()> {

@@ -142,27 +142,25 @@ pub(super) async fn attach(context: &Context, client: &Client, weaver: WeaverId,
         drawn: Cell::new(false),
         line_is_open: Cell::new(false),
     };
-    // Before the terminal is raw: an error here is an ordinary one.
-    let socket = match attachment.connect().await {
-        Ok(socket) => socket,
-        Err(error) if options.just_made => {
-            let code = attachment.ended(error).await?;
-            output::bytes(&logs::of_ended(client, weaver).await)?;
-            return attachment.report(Outcome::Exited(code));
-        }
-        Err(error) => return Err(CliError::from(error).doing("cannot attach")),
-    };
-    if io::stdin().is_terminal() {
-        let raw = RawMode::enter()
-            .map_err(|error| CliError::failure(format!("cannot attach: the terminal cannot be made raw: {error}")))?;
-        attachment.raw = Some(raw);
-    }
-    let matcher = attachment.raw.is_some().then(|| Matcher::new(keys));
     let mut stdout = tokio::io::stdout();
-    let outcome = tokio::select! {
-        outcome = attachment.keyboard(matcher) => Ok(outcome),
-        outcome = attachment.network(socket, &mut stdout) => outcome,
-        never = attachment.watch_for_stops() => match never {},
+    // Before the terminal is raw: an error here is an ordinary one.
+    let outcome = match attachment.connect().await {
+        Ok(socket) => {
+            if io::stdin().is_terminal() {
+                let raw = RawMode::enter().map_err(|error| {
+                    CliError::failure(format!("cannot attach: the terminal cannot be made raw: {error}"))
+                })?;
+                attachment.raw = Some(raw);
+            }
+            let matcher = attachment.raw.is_some().then(|| Matcher::new(keys));
+            tokio::select! {
+                outcome = attachment.keyboard(matcher) => Ok(outcome),
+                outcome = attachment.network(socket, &mut stdout) => outcome,
+                never = attachment.watch_for_stops() => match never {},
+            }
+        }
+        Err(error) if options.just_made => attachment.ended(error).await.map(Outcome::Exited),
+        Err(error) => return Err(CliError::from(error).doing("cannot attach")),
     };
     if matches!(outcome, Ok(Outcome::Exited(_))) && !attachment.drawn.get() {
         // It was over before there was anything to see.

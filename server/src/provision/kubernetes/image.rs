@@ -38,6 +38,8 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1
 const MAX_CONFIG: usize = 1 << 20;
 /// What is said of an image that its registry does not have.
 const NO_SUCH_IMAGE: &str = "there is no such image";
+/// What is said of one that its registry does not show.
+const NO_ACCESS: &str = "the registry wants other credentials, or there is no such image";
 /// Images that are remembered by their digests.
 const REMEMBERED: usize = 1024;
 
@@ -157,14 +159,14 @@ fn in_words(error: &OciDistributionError) -> String {
     match error {
         OciDistributionError::ImageManifestNotFoundError(_) => NO_SUCH_IMAGE.to_owned(),
         OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
-            "the registry wants other credentials, or there is no such image".to_owned()
+            NO_ACCESS.to_owned()
         }
         OciDistributionError::RegistryError { envelope, .. } => {
             let codes = || envelope.errors.iter().map(|error| &error.code);
             if codes().any(|code| matches!(code, OciErrorCode::ManifestUnknown | OciErrorCode::NameUnknown)) {
                 NO_SUCH_IMAGE.to_owned()
             } else if codes().any(|code| matches!(code, OciErrorCode::Unauthorized | OciErrorCode::Denied)) {
-                "the registry wants other credentials, or there is no such image".to_owned()
+                NO_ACCESS.to_owned()
             } else {
                 envelope.errors.iter().map(|error| error.message.as_str()).collect::<Vec<_>>().join("; ")
             }
@@ -172,10 +174,7 @@ fn in_words(error: &OciDistributionError) -> String {
         OciDistributionError::ServerError { code: 404, .. } => NO_SUCH_IMAGE.to_owned(),
         OciDistributionError::ServerError { code, .. } => format!("the registry answered {code}"),
         OciDistributionError::RequestError(error) => {
-            let mut cause: &dyn std::error::Error = error;
-            while let Some(deeper) = cause.source() {
-                cause = deeper;
-            }
+            let cause = anyhow::Chain::new(error).last().unwrap_or(error);
             format!("the registry cannot be reached: {cause}")
         }
         other => other.to_string(),

@@ -1,6 +1,7 @@
 //! What the server must be allowed to do in the cluster, and whether it is.
 
 use anyhow::{Context as _, Result};
+use futures_util::future::try_join_all;
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::{Api, Client, api::PostParams};
 
@@ -89,8 +90,9 @@ pub fn needed(config: &KubernetesConfig) -> Vec<Right> {
 /// When the API server cannot be asked.
 pub async fn missing(client: &Client, config: &KubernetesConfig) -> Result<Vec<Right>> {
     let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
-    let mut missing = Vec::new();
-    for right in needed(config) {
+    let reviews = &reviews;
+    // All at once: the server's start waits for them.
+    let asked = needed(config).into_iter().map(async |right| {
         let review = SelfSubjectAccessReview {
             spec: SelfSubjectAccessReviewSpec {
                 resource_attributes: Some(ResourceAttributes {
@@ -106,9 +108,7 @@ pub async fn missing(client: &Client, config: &KubernetesConfig) -> Result<Vec<R
             ..SelfSubjectAccessReview::default()
         };
         let answer = reviews.create(&PostParams::default(), &review).await.context("asking for the server's rights")?;
-        if !answer.status.is_some_and(|status| status.allowed) {
-            missing.push(right);
-        }
-    }
-    Ok(missing)
+        anyhow::Ok((!answer.status.is_some_and(|status| status.allowed)).then_some(right))
+    });
+    Ok(try_join_all(asked).await?.into_iter().flatten().collect())
 }

@@ -3,23 +3,21 @@
 
 use std::{
     io::{BufRead as _, BufReader},
-    process::{Child, ChildStdout, Command, Stdio},
+    process::{ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, Weaver, cluster::registry, eventually, namespace::Namespace, system::PATIENCE, system::free_port,
-    system::output_with_input, terminal::Terminal, tools,
+    System, api::metrics, cluster::registry, eventually, namespace::Namespace, processes, system::PATIENCE,
+    system::free_port, system::output_with_input, tools,
 };
 use serde_json::{Value, json};
 
-use crate::product::{mebibytes, memory, print_times, timed};
+use crate::product::{Running, mebibytes, memory, new_until_prompt, print_times};
 
 /// How often each start is timed.
 const TRIES: usize = 10;
-/// The end of the shell's prompt in the workspace of the official image.
-const PROMPT: &str = ":/workspace$";
 /// Real weavers made at once.
 const AT_ONCE: usize = 200;
 /// Weavers whose pods are KWOK's.
@@ -57,12 +55,7 @@ fn starts() -> Result<()> {
     let mut stages = Vec::new();
     for number in 0..TRIES {
         let name = format!("timed-{number}");
-        let new = system.loom(&["new", "--name", &name]);
-        let (terminal, elapsed) = timed(|| {
-            let terminal = Terminal::spawn(&new)?;
-            terminal.expect(PROMPT, PATIENCE)?;
-            Ok(terminal)
-        })?;
+        let (terminal, elapsed) = new_until_prompt(&system, &name)?;
         weavers.push(elapsed);
         drop(terminal);
         stages.push(system.json(&["events", &name, "--json"])?);
@@ -93,8 +86,8 @@ fn between(events: &Value, from: &str, to: &str) -> Result<Duration> {
 
 /// The cluster's API, by `kubectl proxy`: a start of kubectl for each request would be measured too.
 struct Api {
-    proxy: Child,
-    watch: Child,
+    _proxy: Running,
+    _watch: Running,
     lines: BufReader<ChildStdout>,
     pods: String,
 }
@@ -115,7 +108,7 @@ impl Api {
             .spawn()?;
         let lines = BufReader::new(watch.stdout.take().context("standard output was piped")?);
         let pods = format!("http://127.0.0.1:{port}/api/v1/namespaces/{}/pods", namespace.name());
-        let api = Self { proxy, watch, lines, pods };
+        let api = Self { _proxy: Running(proxy), _watch: Running(watch), lines, pods };
         eventually("kubectl proxy", PATIENCE, || Ok(api.request("GET", "", "").is_ok().then_some(())))?;
         Ok(api)
     }
@@ -163,15 +156,6 @@ impl Api {
     }
 }
 
-impl Drop for Api {
-    fn drop(&mut self) {
-        for child in [&mut self.proxy, &mut self.watch] {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
 /// How many pods of a namespace run.
 fn count_running(namespace: &Namespace, selector: &str) -> Result<usize> {
     let phases =
@@ -181,13 +165,7 @@ fn count_running(namespace: &Namespace, selector: &str) -> Result<usize> {
 
 /// Has the API make weavers, one request after another, without waiting for any.
 fn create(system: &System, count: usize) -> Result<()> {
-    let token = system.admin_token()?;
-    for _ in 0..count {
-        let answer =
-            system.request(Some(&token), "POST", "/api/weavers", Some(r#"{"command": ["sleep", "100000"]}"#))?;
-        ensure!(answer.status == 201, "creating a weaver: {answer:?}");
-    }
-    Ok(())
+    (0..count).try_for_each(|_| system.create_weaver(&json!({"command": ["sleep", "100000"]})).map(drop))
 }
 
 fn count(system: &System, status: &str) -> Result<usize> {
@@ -197,8 +175,7 @@ fn count(system: &System, status: &str) -> Result<usize> {
 
 fn delete_all(system: &System) -> Result<()> {
     for weaver in system.json(&["ps", "--json"])?.as_array().into_iter().flatten() {
-        let weaver = Weaver { id: weaver["id"].as_str().unwrap_or_default().to_owned() };
-        let path = format!("/api/weavers/{}", weaver.id);
+        let path = format!("/api/weavers/{}", weaver["id"].as_str().unwrap_or_default());
         system.request(Some(&system.admin_token()?), "DELETE", &path, None)?;
     }
     eventually("the pods to be gone", LONG, || Ok((system.count_pods()? == 0).then_some(())))
@@ -225,15 +202,10 @@ fn many_at_once() -> Result<()> {
     println!("{AT_ONCE} weavers made at once, all of them run after: {:.1} s", start.elapsed().as_secs_f64());
     let server = system.server_pid().context("the server runs")?;
     println!("server memory with {AT_ONCE} weavers, all connected: {}", mebibytes(memory(server)?.resident));
-    let before = (agents_seconds("sidecar")?, agents_seconds("host")?, processor_seconds(server)?);
-    // What is measured is that nothing happens for a while.
-    std::thread::sleep(REST);
-    let after = (agents_seconds("sidecar")?, agents_seconds("host")?, processor_seconds(server)?);
+    let [sidecars, hosts, server] =
+        at_rest(|| Ok([agents_seconds("sidecar")?, agents_seconds("host")?, processor_seconds(server)?]))?;
     println!(
-        "at rest, processor time a minute: all sidecars {:.2} s, all hosts {:.2} s, the server {:.2} s",
-        after.0 - before.0,
-        after.1 - before.1,
-        after.2 - before.2,
+        "at rest, processor time a minute: all sidecars {sidecars:.2} s, all hosts {hosts:.2} s, the server {server:.2} s"
     );
     let start = Instant::now();
     delete_all(&system)?;
@@ -252,7 +224,7 @@ fn a_thousand() -> Result<()> {
         ("LOOM_SERVER_KUBERNETES_REQUEST_MEMORY_MB", "1"),
     ])?;
     let namespace = system.namespace().context("a namespace")?;
-    let _kwok = Kwok::start(namespace)?;
+    let _kwok = start_kwok(namespace)?;
     let start = Instant::now();
     create(&system, MANY)?;
     eventually("the pods to be there", LONG, || {
@@ -261,32 +233,24 @@ fn a_thousand() -> Result<()> {
     println!("{MANY} pods of KWOK's, all of them run after: {:.1} s", start.elapsed().as_secs_f64());
     let server = system.server_pid().context("the server runs")?;
     println!("server memory with {MANY} pods: {}", mebibytes(memory(server)?.resident));
-    let before = (requests(&metrics)?, processor_seconds(server)?);
-    // What is measured is that nothing happens for a while.
-    std::thread::sleep(REST);
-    let after = (requests(&metrics)?, processor_seconds(server)?);
+    let [requests, seconds] = at_rest(|| Ok([requests(&metrics)?, processor_seconds(server)?]))?;
     println!(
-        "server at rest with {MANY} pods: {} requests to the API server and {:.2} s of processor time a minute",
-        after.0 - before.0,
-        after.1 - before.1,
+        "server at rest with {MANY} pods: {requests} requests to the API server and {seconds:.2} s of processor time a minute"
     );
     delete_all(&system)?;
     system.stop()
 }
 
 /// Requests to the Kubernetes API server until now.
-fn requests(metrics: &str) -> Result<u64> {
-    let mut curl = Command::new("curl");
-    curl.args(["-sS", "--fail", "--noproxy", "*", &format!("http://{metrics}/metrics")]);
-    let text = String::from_utf8(output_with_input(curl, b"")?.stdout)?;
+fn requests(address: &str) -> Result<f64> {
+    let text = metrics(address)?;
     let line = text.lines().find_map(|line| line.strip_prefix("loom_kubernetes_requests_total "));
     Ok(line.context("no count of requests")?.trim().parse()?)
 }
 
 /// User and system time of a process (proc(5), fields 14 and 15 of `stat`), in seconds.
 fn processor_seconds(pid: i32) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit_once(") ").context("stat")?.1.split(' ').collect();
+    let fields = processes::stat(pid).context("the process has gone")?;
     let ticks = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
     // Always a hundred to the second, for user space.
     Ok(ticks / 100.0)
@@ -294,45 +258,35 @@ fn processor_seconds(pid: i32) -> Result<f64> {
 
 /// The processor time of all agents of one role on this machine.
 fn agents_seconds(role: &str) -> Result<f64> {
-    let mut sum = 0.0;
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // One may have ended since.
-        let command_line = std::fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
-        if command_line.ends_with(&format!("loom-agent\0{role}\0")) {
-            sum += processor_seconds(pid)?;
-        }
-    }
-    Ok(sum)
+    let agents = processes::all().into_iter().filter(|process| process.has("loom-agent") && process.has(role));
+    agents.map(|agent| processor_seconds(agent.pid)).sum()
 }
 
-/// KWOK with one node of its own.
-struct Kwok(Child);
+/// What happens while nothing is asked for: by how much each figure grows in [`REST`].
+fn at_rest<const N: usize>(figures: impl Fn() -> Result<[f64; N]>) -> Result<[f64; N]> {
+    let before = figures()?;
+    // What is measured is that nothing happens for a while.
+    std::thread::sleep(REST);
+    let after = figures()?;
+    Ok(std::array::from_fn(|index| after[index] - before[index]))
+}
 
-impl Kwok {
-    fn start(namespace: &Namespace) -> Result<Self> {
-        namespace.apply_anywhere(
+/// Starts KWOK with one node of its own.
+fn start_kwok(namespace: &Namespace) -> Result<Running> {
+    namespace.apply_anywhere(
             "apiVersion: v1\nkind: Node\nmetadata:\n  name: kwok-0\n  labels: {type: kwok}\n  annotations: {kwok.x-k8s.io/node: fake}\n\
              spec: {taints: [{key: kwok.x-k8s.io/node, value: fake, effect: NoSchedule}]}\n",
         )?;
-        let child = Command::new(tools::find("kwok")?)
-            .arg("--kubeconfig")
-            .arg(namespace.kubeconfig())
-            .args(["--config", concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/kwok/stages.yaml")])
-            .args(["--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake", "--cidr=10.87.0.0/16"])
-            .args(["--node-ip=10.86.0.1", "--manage-all-nodes=false", "--node-lease-duration-seconds=40"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("starting kwok")?;
-        Ok(Self(child))
-    }
-}
-
-impl Drop for Kwok {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+    let child = Command::new(tools::find("kwok")?)
+        .arg("--kubeconfig")
+        .arg(namespace.kubeconfig())
+        .args(["--config", concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/kwok/stages.yaml")])
+        .args(["--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake", "--cidr=10.87.0.0/16"])
+        .args(["--node-ip=10.86.0.1", "--manage-all-nodes=false", "--node-lease-duration-seconds=40"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("starting kwok")?;
+    Ok(Running(child))
 }

@@ -52,12 +52,7 @@ pub(crate) fn measure_times() -> Result<()> {
     let system = System::start()?;
     let mut times = Vec::new();
     for _ in 0..TRIES {
-        let new = system.loom(&["new", "--name", "timed"]);
-        let (terminal, elapsed) = timed(|| {
-            let terminal = Terminal::spawn(&new)?;
-            terminal.expect(PROMPT, PATIENCE)?;
-            Ok(terminal)
-        })?;
+        let (terminal, elapsed) = new_until_prompt(&system, "timed")?;
         times.push(elapsed);
         drop(terminal);
         system.run(&["delete", "--yes", "timed"])?;
@@ -77,6 +72,16 @@ pub(crate) fn measure_times() -> Result<()> {
         (0..TRIES).map(|_| Ok(timed(|| system.run(&["ssh", &weaver.id, "--", "true"]))?.1)).collect::<Result<_>>()?;
     print_times("loom ssh ID -- true, warm", warm);
     system.stop()
+}
+
+/// Makes a weaver, and says how long it took until its prompt was there.
+pub(crate) fn new_until_prompt(system: &System, name: &str) -> Result<(Terminal, Duration)> {
+    let new = system.loom(&["new", "--name", name]);
+    timed(|| {
+        let terminal = Terminal::spawn(&new)?;
+        terminal.expect(PROMPT, PATIENCE)?;
+        Ok(terminal)
+    })
 }
 
 /// What it costs to keep.
@@ -113,7 +118,7 @@ fn serve_in(system: &System, weaver: &Weaver) -> Result<Running> {
 }
 
 /// A child that ends with its owner.
-struct Running(Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -122,7 +127,7 @@ impl Drop for Running {
     }
 }
 
-pub(crate) fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
+fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
     let start = Instant::now();
     let value = action()?;
     Ok((value, start.elapsed()))

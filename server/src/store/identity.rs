@@ -60,7 +60,7 @@ impl Store {
     /// When the name is taken, or is not a DNS label.
     pub async fn add_user(&self, name: &str) -> Result<UserId> {
         let (user, org, now) = (UserId::generate(), OrgId::generate(), millis(Timestamp::now()));
-        let mut transaction = self.pool.begin().await?;
+        let mut transaction = self.begin_write().await?;
         let added =
             sqlx::query("INSERT INTO users (id, name, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING")
                 .bind(user.to_string())
@@ -94,7 +94,7 @@ impl Store {
     ///
     /// The database's.
     pub async fn has_users(&self) -> sqlx::Result<bool> {
-        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM users)").fetch_one(&self.pool).await
+        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM users)").fetch_one(self.reader()).await
     }
 
     /// Makes a token of a user's.
@@ -115,7 +115,7 @@ impl Store {
             .bind(user.to_string())
             .bind(millis(Timestamp::now()))
             .bind(expires_at.map(millis))
-            .execute(&self.pool)
+            .execute(self.writer())
             .await?;
         Ok(token)
     }
@@ -127,7 +127,7 @@ impl Store {
     /// The database's.
     pub async fn replace_agent_token(&self, weaver: WeaverId) -> sqlx::Result<Secret> {
         let token = new_token();
-        let mut transaction = self.pool.begin().await?;
+        let mut transaction = self.begin_write().await?;
         sqlx::query("DELETE FROM tokens WHERE weaver_id = ?")
             .bind(weaver.to_string())
             .execute(&mut *transaction)
@@ -153,7 +153,7 @@ impl Store {
         )
         .bind(hash(token))
         .bind(millis(Timestamp::now()))
-        .fetch_optional(&self.pool)
+        .fetch_optional(self.reader())
         .await?;
         Ok(match row {
             Some((id, Some(user), _)) => {
@@ -176,7 +176,7 @@ impl Store {
             "SELECT id, name, created_at, expires_at FROM tokens WHERE user_id = ? ORDER BY id DESC LIMIT 1000",
         )
         .bind(user.to_string())
-        .fetch_all(&self.pool)
+        .fetch_all(self.reader())
         .await?;
         rows.into_iter()
             .map(|(id, name, created_at, expires_at)| {
@@ -195,7 +195,7 @@ impl Store {
         let done = sqlx::query("DELETE FROM tokens WHERE id = ? AND user_id = ?")
             .bind(id)
             .bind(user.to_string())
-            .execute(&self.pool)
+            .execute(self.writer())
             .await?;
         Ok(done.rows_affected() > 0)
     }
@@ -208,7 +208,7 @@ impl Store {
     pub async fn user(&self, id: UserId) -> sqlx::Result<User> {
         let name = sqlx::query_scalar("SELECT name FROM users WHERE id = ?")
             .bind(id.to_string())
-            .fetch_one(&self.pool)
+            .fetch_one(self.reader())
             .await?;
         Ok(User { id, name })
     }
@@ -219,7 +219,7 @@ impl Store {
              WHERE m.user_id = ? ORDER BY o.owner_id IS NULL, o.name",
         )
         .bind(user.to_string())
-        .fetch_all(&self.pool)
+        .fetch_all(self.reader())
         .await?;
         rows.into_iter()
             .map(|(id, name, owner)| {
@@ -240,7 +240,7 @@ impl Store {
         client: &str,
         until: Timestamp,
     ) -> sqlx::Result<()> {
-        let mut transaction = self.pool.begin().await?;
+        let mut transaction = self.begin_write().await?;
         // The table holds only what can still be used, so that it never grows.
         sqlx::query("DELETE FROM device_logins WHERE expires_at <= ?")
             .bind(millis(Timestamp::now()))
@@ -268,7 +268,7 @@ impl Store {
         )
         .bind(hash(user_code))
         .bind(millis(Timestamp::now()))
-        .fetch_optional(&self.pool)
+        .fetch_optional(self.reader())
         .await
     }
 
@@ -286,7 +286,7 @@ impl Store {
         .bind((approval == Approval::Approve).then(|| user.to_string()))
         .bind(hash(user_code))
         .bind(millis(Timestamp::now()))
-        .execute(&self.pool)
+        .execute(self.writer())
         .await?;
         Ok(done.rows_affected() > 0)
     }
@@ -299,7 +299,7 @@ impl Store {
     pub async fn poll_device_login(&self, device_code: &str, interval: SignedDuration) -> sqlx::Result<DevicePoll> {
         let now = Timestamp::now();
         let code = hash(device_code);
-        let mut transaction = self.pool.begin().await?;
+        let mut transaction = self.begin_write().await?;
         let row: Option<(i64, Option<i64>, i64, Option<String>)> =
             sqlx::query_as("SELECT expires_at, polled_at, denied, user_id FROM device_logins WHERE device_hash = ?")
                 .bind(&code)

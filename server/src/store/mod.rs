@@ -1,5 +1,8 @@
 //! The database: what should be, and what happened. SQLite in one file; SQL is kept to what PostgreSQL takes too.
 //!
+//! SQLite has one writer at a time, so this process has one connection that writes, and the others only read. Writers
+//! queue for it here instead of colliding in the file.
+//!
 //! [`identity`] holds users, organisations, tokens and device logins; [`weavers`] the weavers with their events;
 //! [`tunnels`] devices, addresses and grants. Methods are on [`Store`], which is cheap to clone.
 
@@ -12,7 +15,10 @@ use std::{fs, net::Ipv6Addr, os::unix::fs::OpenOptionsExt as _, path::Path, time
 use anyhow::{Context as _, Result};
 use ipnetwork::Ipv6Network;
 use jiff::Timestamp;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{
+    Sqlite, Transaction,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous},
+};
 
 pub use identity::{Approval, DevicePoll, Token, TokenOwner};
 pub use tunnels::{DeviceError, LiveGrant};
@@ -20,9 +26,9 @@ pub use weavers::{EndedBy, NewWeaver, WeaverRow};
 
 use crate::secrets::random;
 
-/// Connections to the database; SQLite has one writer anyway.
-const CONNECTIONS: u32 = 4;
-/// How long a statement waits for another's lock.
+/// Connections that only read.
+const READERS: u32 = 4;
+/// How long a statement waits for the lock of another process, such as `loom-server user add`.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
@@ -30,7 +36,8 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 /// The database. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
-    pool: SqlitePool,
+    reader: SqlitePool,
+    writer: SqlitePool,
     network: Ipv6Network,
 }
 
@@ -51,13 +58,21 @@ impl Store {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Normal)
+            // What was answered must survive a power cut: a token that was revoked must not come back.
+            .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(BUSY_TIMEOUT);
-        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_with(options).await?;
-        MIGRATIONS.run(&pool).await.context("the database's schema; was it written by a newer server?")?;
-        let network = network(&pool).await?;
-        Ok(Self { pool, network })
+        let writer = SqlitePoolOptions::new()
+            .max_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .connect_with(options.clone())
+            .await?;
+        MIGRATIONS.run(&writer).await.context("the database's schema; was it written by a newer server?")?;
+        let network = network(&writer).await?;
+        let reader =
+            SqlitePoolOptions::new().max_connections(READERS).connect_with(options.pragma("query_only", "ON")).await?;
+        Ok(Self { reader, writer, network })
     }
 
     /// The deployment's prefix inside the tunnel: a random unique local /48 (RFC 4193 §3.2.2), the same for ever.
@@ -66,18 +81,37 @@ impl Store {
         self.network
     }
 
+    /// The connections for statements that only read; a write on them fails.
+    const fn reader(&self) -> &SqlitePool {
+        &self.reader
+    }
+
+    /// The one connection that writes, for a single statement. Several statements belong in [`Self::begin_write`].
+    const fn writer(&self) -> &SqlitePool {
+        &self.writer
+    }
+
+    /// Begins a transaction that may write. It holds the write lock from its start, so that what it reads is still true
+    /// when it writes, and nothing in it fails because another was quicker.
+    ///
+    /// There is only one such connection: using [`Self::writer`] before the transaction has ended waits for itself.
+    async fn begin_write(&self) -> sqlx::Result<Transaction<'static, Sqlite>> {
+        self.writer.begin_with("BEGIN IMMEDIATE").await
+    }
+
     /// Whether the database answers.
     ///
     /// # Errors
     ///
     /// When it does not.
     pub async fn ping(&self) -> sqlx::Result<()> {
-        sqlx::query("SELECT 1").execute(&self.pool).await.map(drop)
+        sqlx::query("SELECT 1").execute(self.reader()).await.map(drop)
     }
 
     /// Closes all connections; the journal is folded into the file.
     pub async fn close(&self) {
-        self.pool.close().await;
+        self.reader.close().await;
+        self.writer.close().await;
     }
 
     /// An address in the deployment's prefix that depends only on `seed`: the last 80 bits come from it.
@@ -122,6 +156,8 @@ fn parsed<T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>>(
 pub(crate) mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use jiff::SignedDuration;
+
     use super::*;
 
     /// A store in a directory of its own.
@@ -144,5 +180,41 @@ pub(crate) mod tests {
         let again = Store::open(&directory.path().join("loom.db")).await.expect("opens again");
         assert_eq!(again.network(), network);
         assert_eq!(network.network().octets()[0], 0xfd, "a unique local address");
+    }
+
+    /// Clients that poll logins (which reads, then writes) while others write, also from another process.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn many_who_read_and_write_at_once_never_find_the_database_locked() {
+        const CLIENTS: usize = 24;
+        const ROUNDS: usize = 20;
+        let (directory, store) = temporary().await;
+        let other_process = Store::open(&directory.path().join("loom.db")).await.expect("opens twice");
+        let user = store.add_user("ada").await.expect("added");
+        let until = Timestamp::now() + SignedDuration::from_mins(10);
+        let mut clients = tokio::task::JoinSet::<sqlx::Result<()>>::new();
+        for client in 0..CLIENTS {
+            let store = if client % 4 == 0 { other_process.clone() } else { store.clone() };
+            clients.spawn(async move {
+                let device = format!("device-{client}");
+                store.add_device_login(&device, &format!("USER-{client}"), "laptop", until).await?;
+                for _ in 0..ROUNDS {
+                    store.poll_device_login(&device, SignedDuration::ZERO).await?;
+                    let token = store.add_user_token(user, "ci", None).await?;
+                    let found = store.token(token.expose()).await?.expect("a token can be used once it is made");
+                    assert!(store.remove_token(user, found.id).await?, "removed once");
+                }
+                Ok(())
+            });
+        }
+        for result in clients.join_all().await {
+            result.expect("no client fails");
+        }
+    }
+
+    #[tokio::test]
+    async fn readers_cannot_write() {
+        let (_directory, store) = temporary().await;
+        let error = sqlx::query("DELETE FROM users").execute(store.reader()).await.expect_err("refused");
+        assert!(error.to_string().contains("readonly"), "{error}");
     }
 }

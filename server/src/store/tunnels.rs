@@ -62,7 +62,7 @@ impl Store {
             .bind(user.to_string())
             .bind(address.to_string())
             .bind(millis(Timestamp::now()))
-            .execute(&self.pool)
+            .execute(self.writer())
             .await?;
         if self.device_owner(key).await? == Some(user) { Ok(address) } else { Err(DeviceError::SomebodyElses) }
     }
@@ -75,7 +75,7 @@ impl Store {
     pub async fn device_owner(&self, key: WireGuardKey) -> sqlx::Result<Option<UserId>> {
         let owner: Option<String> = sqlx::query_scalar("SELECT user_id FROM devices WHERE public_key = ?")
             .bind(key.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(self.reader())
             .await?;
         owner.map(|owner| parsed(&owner)).transpose()
     }
@@ -86,7 +86,7 @@ impl Store {
     ///
     /// The database's.
     pub async fn remove_device(&self, user: UserId, key: WireGuardKey) -> sqlx::Result<Vec<WeaverId>> {
-        let mut transaction = self.pool.begin().await?;
+        let mut transaction = self.begin_write().await?;
         let weavers: Vec<String> = sqlx::query_scalar(
             "SELECT g.weaver_id FROM grants g JOIN devices d ON d.public_key = g.public_key WHERE d.public_key = ? AND d.user_id = ?",
         )
@@ -124,7 +124,7 @@ impl Store {
         .bind(device.to_string())
         .bind(candidates)
         .bind(millis(until))
-        .execute(&self.pool)
+        .execute(self.writer())
         .await
         .map(drop)
     }
@@ -138,7 +138,7 @@ impl Store {
         sqlx::query("UPDATE grants SET expires_at = ? WHERE weaver_id = ?")
             .bind(millis(until))
             .bind(weaver.to_string())
-            .execute(&self.pool)
+            .execute(self.writer())
             .await
             .map(drop)
     }
@@ -156,7 +156,7 @@ impl Store {
         .bind(weaver.to_string())
         .bind(device.to_string())
         .bind(user.to_string())
-        .execute(&self.pool)
+        .execute(self.writer())
         .await?;
         Ok(done.rows_affected() > 0)
     }
@@ -169,7 +169,7 @@ impl Store {
     pub async fn remove_grants(&self, weaver: WeaverId) -> sqlx::Result<Vec<WireGuardKey>> {
         let keys: Vec<String> = sqlx::query_scalar("DELETE FROM grants WHERE weaver_id = ? RETURNING public_key")
             .bind(weaver.to_string())
-            .fetch_all(&self.pool)
+            .fetch_all(self.writer())
             .await?;
         keys.iter().map(|key| parsed(key)).collect()
     }
@@ -183,7 +183,7 @@ impl Store {
         let rows: Vec<GrantRow> = sqlx::query_as(concat!(select_grants!(), " AND g.weaver_id = ?"))
             .bind(millis(Timestamp::now()))
             .bind(weaver.to_string())
-            .fetch_all(&self.pool)
+            .fetch_all(self.reader())
             .await?;
         rows.into_iter().map(live_grant).collect()
     }
@@ -195,7 +195,7 @@ impl Store {
     /// The database's.
     pub async fn all_grants(&self) -> sqlx::Result<Vec<LiveGrant>> {
         let rows: Vec<GrantRow> =
-            sqlx::query_as(select_grants!()).bind(millis(Timestamp::now())).fetch_all(&self.pool).await?;
+            sqlx::query_as(select_grants!()).bind(millis(Timestamp::now())).fetch_all(self.reader()).await?;
         rows.into_iter().map(live_grant).collect()
     }
 }

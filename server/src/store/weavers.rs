@@ -154,7 +154,7 @@ impl Store {
     ///
     /// The database's; a unique violation when the name is taken or the key was used meanwhile.
     pub async fn add_weaver(&self, new: &NewWeaver, idempotency: Option<(&str, &str)>) -> sqlx::Result<()> {
-        let mut transaction = self.pool.begin().await?;
+        let mut transaction = self.begin_write().await?;
         sqlx::query(
             "INSERT INTO weavers (id, name, org_id, owner_id, image, repo, branch, command, sealed_env, cpu_millicores, \
              memory_mb, created_at, expires_at, status, address) \
@@ -201,7 +201,7 @@ impl Store {
             sqlx::query_as("SELECT weaver_id, body_hash FROM idempotency_keys WHERE user_id = ? AND key = ?")
                 .bind(user.to_string())
                 .bind(key)
-                .fetch_optional(&self.pool)
+                .fetch_optional(self.reader())
                 .await?;
         row.map(|(id, hash)| Ok((parsed(&id)?, hash))).transpose()
     }
@@ -214,7 +214,7 @@ impl Store {
     pub async fn weaver(&self, id: WeaverId) -> sqlx::Result<Option<WeaverRow>> {
         let raw: Option<RawWeaver> = sqlx::query_as("SELECT * FROM weavers WHERE id = ?")
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(self.reader())
             .await?;
         raw.map(TryInto::try_into).transpose()
     }
@@ -228,7 +228,7 @@ impl Store {
         let raw: Vec<RawWeaver> = sqlx::query_as("SELECT * FROM weavers WHERE org_id = ? ORDER BY created_at LIMIT ?")
             .bind(org.to_string())
             .bind(MOST)
-            .fetch_all(&self.pool)
+            .fetch_all(self.reader())
             .await?;
         raw.into_iter().map(TryInto::try_into).collect()
     }
@@ -241,7 +241,7 @@ impl Store {
     pub async fn live_weavers(&self, org: OrgId) -> sqlx::Result<i64> {
         sqlx::query_scalar("SELECT COUNT(*) FROM weavers WHERE org_id = ? AND ended_at IS NULL")
             .bind(org.to_string())
-            .fetch_one(&self.pool)
+            .fetch_one(self.reader())
             .await
     }
 
@@ -252,7 +252,7 @@ impl Store {
     /// The database's.
     pub async fn count_by_status(&self) -> sqlx::Result<Vec<(String, i64)>> {
         sqlx::query_as("SELECT status, COUNT(*) FROM weavers WHERE ended_at IS NULL GROUP BY status")
-            .fetch_all(&self.pool)
+            .fetch_all(self.reader())
             .await
     }
 
@@ -263,7 +263,7 @@ impl Store {
     /// The database's.
     pub async fn all_live(&self) -> sqlx::Result<Vec<WeaverRow>> {
         let raw: Vec<RawWeaver> = sqlx::query_as("SELECT * FROM weavers WHERE ended_at IS NULL ORDER BY created_at")
-            .fetch_all(&self.pool)
+            .fetch_all(self.reader())
             .await?;
         raw.into_iter().map(TryInto::try_into).collect()
     }
@@ -296,7 +296,7 @@ impl Store {
         .bind(row.image_command.as_ref().map(|command| serde_json::json!(command).to_string()))
         .bind(row.id.to_string())
         .bind(row.version)
-        .execute(&self.pool)
+        .execute(self.writer())
         .await?;
         let swapped = done.rows_affected() == 1;
         row.version += i64::from(swapped);
@@ -328,7 +328,7 @@ impl Store {
     ///
     /// The database's.
     pub async fn forget_ended(&self, time: Timestamp) -> sqlx::Result<u64> {
-        let mut transaction = self.pool.begin().await?;
+        let mut transaction = self.begin_write().await?;
         macro_rules! forget {
             ($table:literal, $column:literal) => {
                 sqlx::query(concat!(
@@ -365,7 +365,7 @@ impl Store {
             .bind(millis(Timestamp::now()))
             .bind(kind.as_str().unwrap_or("unknown"))
             .bind(message)
-            .execute(&self.pool)
+            .execute(self.writer())
             .await
             .map(drop)
     }
@@ -382,7 +382,7 @@ impl Store {
         .bind(weaver.to_string())
         .bind(after)
         .bind(MOST)
-        .fetch_all(&self.pool)
+        .fetch_all(self.reader())
         .await?;
         rows.into_iter()
             .map(|(id, at, kind, message)| {

@@ -91,7 +91,7 @@ pub struct Settings {
         global = true
     )]
     kubernetes_pull_secrets: Vec<String>,
-    /// Kubernetes backend: registries that are asked over plain HTTP, as HOST[:PORT].
+    /// Kubernetes backend: registries that are asked over plain HTTP, as HOST or HOST:PORT.
     #[arg(
         long,
         env = "LOOM_SERVER_KUBERNETES_PLAIN_HTTP_REGISTRIES",

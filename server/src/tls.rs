@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_secs(10);
 /// After a failure to accept, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// Connections over TLS, for [`axum::serve`].
+/// Connections over TLS, for [`axum::serve()`].
 pub struct TlsListener {
     accepted: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
     address: SocketAddr,

@@ -6,7 +6,7 @@
 //!
 //! - [`session`]: a session channel's program; [`direct`]: a forwarded connection; [`environment`]: the client's
 //!   variables.
-//! - [`inbox`]: what a client sends, on its way to a channel's task.
+//! - [`mod@inbox`]: what a client sends, on its way to a channel's task.
 //!
 //! One connection is one loop, in `russh`, that calls [`Connection`]; nothing there waits. Each channel is a task of
 //! its own.

@@ -123,11 +123,10 @@ impl App {
 
         let metrics = Arc::new(Metrics::default());
         let (changes, changed) = mpsc::channel(QUEUE);
-        let provisioner: Arc<dyn Provisioner> = match config.backend {
-            Backend::Local => Arc::new(Local::start(&config, own_url, changes.clone()).await?),
-            Backend::Kubernetes => {
-                let settings = config.kubernetes.clone().context("the Kubernetes backend has no settings")?;
-                Arc::new(Kubernetes::start(settings, &metrics.kubernetes_requests, changes.clone()).await?)
+        let provisioner: Arc<dyn Provisioner> = match &config.backend {
+            Backend::Local(local) => Arc::new(Local::start(local, own_url, changes.clone()).await?),
+            Backend::Kubernetes(kubernetes) => {
+                Arc::new(Kubernetes::start(kubernetes.clone(), &metrics.kubernetes_requests, changes.clone()).await?)
             }
         };
         for warning in provisioner.warnings() {

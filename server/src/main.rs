@@ -2,11 +2,11 @@
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use loom_server::{
     app::App,
-    config::Settings,
+    config::{Backend, Settings},
     provision::{
         kubernetes,
         local::{self, supervisor},
@@ -103,7 +103,9 @@ async fn serve(settings: Settings) -> Result<()> {
 
 async fn check(settings: Settings) -> Result<()> {
     let config = settings.resolve()?;
-    let kubernetes = config.kubernetes.context("there is nothing to check on the local backend")?;
+    let Backend::Kubernetes(kubernetes) = config.backend else {
+        bail!("there is nothing to check on the local backend");
+    };
     kubernetes::check(&kubernetes).await
 }
 

@@ -9,7 +9,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
 use rustls::{
     ServerConfig,
     crypto::ring,
@@ -17,6 +18,7 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::mpsc,
@@ -33,6 +35,45 @@ const MOST_HANDSHAKES: usize = 256;
 const LOOK: Duration = Duration::from_secs(10);
 /// After a failure to accept, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(500);
+
+/// What was given.
+#[derive(Args, Debug, Clone, Default, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
+    /// Serve HTTPS with this certificate chain, in PEM; read anew when it changes.
+    #[arg(long, env = "LOOM_SERVER_TLS_CERT", value_name = "FILE", requires = "tls_key", global = true)]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key, in PEM.
+    #[arg(long, env = "LOOM_SERVER_TLS_KEY", value_name = "FILE", requires = "tls_cert", global = true)]
+    tls_key: Option<PathBuf>,
+}
+
+/// The files for HTTPS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The certificate chain, in PEM.
+    pub certificate: PathBuf,
+    /// Its private key, in PEM.
+    pub key: PathBuf,
+}
+
+impl Settings {
+    /// The files for HTTPS, when it was asked for.
+    ///
+    /// # Errors
+    ///
+    /// When one of the two is missing.
+    pub(crate) fn resolve(self) -> Result<Option<Config>> {
+        match (self.tls_cert, self.tls_key) {
+            (Some(certificate), Some(key)) => {
+                Ok(Some(Config { certificate: std::path::absolute(certificate)?, key: std::path::absolute(key)? }))
+            }
+            (None, None) => Ok(None),
+            _ => bail!("HTTPS needs both a certificate (tls-cert) and its key (tls-key)"),
+        }
+    }
+}
 
 /// Connections over TLS, for [`axum::serve()`].
 pub struct TlsListener {

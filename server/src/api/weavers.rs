@@ -178,14 +178,10 @@ fn check_image(app: &AppState, image: &str) -> Answer<()> {
         )
         .hint("it looks like python:3.12 or registry.example/team/image@sha256:…"));
     }
-    if app.provisioner.name() == "local" && image != app.config.default_image {
-        return Err(Problem::new(
-            ErrorCode::ImageUnavailable,
-            format!("the local backend has no image {image}: weavers see this machine's own system"),
-        )
-        .hint("leave --image out, or use a server with the Kubernetes backend"));
-    }
-    Ok(())
+    app.provisioner.accepts(image).map_err(|reason| {
+        Problem::new(ErrorCode::ImageUnavailable, reason)
+            .hint("leave --image out, or use a server with the Kubernetes backend")
+    })
 }
 
 fn check_repository(repo: Option<&str>, branch: Option<&str>) -> Answer<()> {

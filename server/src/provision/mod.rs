@@ -83,6 +83,13 @@ pub trait Provisioner: Send + Sync + 'static {
     /// What it cannot isolate here, in words; empty when nothing.
     fn warnings(&self) -> &[String];
 
+    /// Says without asking anybody whether weavers can be made from an image of this name.
+    ///
+    /// # Errors
+    ///
+    /// Why not, in words.
+    fn accepts(&self, image: &str) -> Result<(), String>;
+
     /// Finds out what an image is; nothing on a backend without images.
     ///
     /// # Errors

@@ -25,10 +25,8 @@ use oci_client::{
 use serde::Deserialize;
 use tokio::{io::AsyncWrite, time::timeout};
 
-use crate::{
-    config::KubernetesConfig,
-    provision::{ProvisionError, ResolvedImage},
-};
+use super::Config;
+use crate::provision::{ProvisionError, ResolvedImage};
 
 /// How long one try to read an image may take.
 const TRY: Duration = Duration::from_secs(10);
@@ -53,7 +51,7 @@ pub(super) struct Images {
 }
 
 impl Images {
-    pub(super) fn new(client: kube::Client, config: &KubernetesConfig) -> Self {
+    pub(super) fn new(client: kube::Client, config: &Config) -> Self {
         Self {
             secrets: Api::namespaced(client, &config.namespace),
             pull_secrets: config.pull_secrets.clone(),

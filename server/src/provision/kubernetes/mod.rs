@@ -6,6 +6,7 @@
 //! in words, is in [`observation`]; what an image is, in [`image`]. Agents prove who they are with a projected
 //! service-account token, which the API server reviews.
 
+mod config;
 mod image;
 mod observation;
 mod pod;
@@ -32,7 +33,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 use tower::util::MapRequestLayer;
 
 use super::{PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage};
-use crate::config::KubernetesConfig;
+pub use config::{Config, DEFAULT_IMAGE, Settings};
 use image::Images;
 use watch::Seen;
 
@@ -47,7 +48,7 @@ const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 pub struct Kubernetes {
     client: Client,
     pods: Api<Pod>,
-    config: KubernetesConfig,
+    config: Config,
     /// The authorities that agents trust for the server's certificate, in PEM.
     authorities: Option<String>,
     seen: Arc<Seen>,
@@ -64,7 +65,7 @@ impl Kubernetes {
     /// # Errors
     ///
     /// When no cluster is configured, or it has not the namespace.
-    pub async fn start(config: KubernetesConfig, requests: &Counter, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
+    pub async fn start(config: Config, requests: &Counter, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
         let client = connect(requests).await?;
         match Self::check(&client, &config).await {
             Err(error) if !is_answer(&error) => {
@@ -85,7 +86,7 @@ impl Kubernetes {
         Ok(Self { client, pods, config, authorities, seen, images, _watching: watching })
     }
 
-    async fn check(client: &Client, config: &KubernetesConfig) -> Result<()> {
+    async fn check(client: &Client, config: &Config) -> Result<()> {
         check_namespace(client, &config.namespace).await?;
         for right in rights::missing(client, config).await? {
             tracing::warn!("this server may not {right}, which it needs {}", right.why);
@@ -126,7 +127,7 @@ pub async fn connect(requests: &Counter) -> Result<Client> {
 /// # Errors
 ///
 /// When something is missing; all of it was printed.
-pub async fn check(config: &KubernetesConfig) -> Result<()> {
+pub async fn check(config: &Config) -> Result<()> {
     let client = connect(&Counter::default()).await?;
     let version = client.apiserver_version().await.context("the Kubernetes API server cannot be used")?;
     println!("ok       Kubernetes {}.{}", version.major, version.minor);
@@ -185,6 +186,10 @@ impl Provisioner for Kubernetes {
 
     fn warnings(&self) -> &[String] {
         &[]
+    }
+
+    fn accepts(&self, _image: &str) -> Result<(), String> {
+        Ok(())
     }
 
     async fn resolve(&self, image: &str) -> Result<Option<ResolvedImage>, ProvisionError> {

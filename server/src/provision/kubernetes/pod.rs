@@ -21,10 +21,8 @@ use k8s_openapi::{
 use kube::{ResourceExt as _, api::ObjectMeta};
 use loom_api::{WeaverId, weaver::ResourceSpec};
 
-use crate::{
-    config::{KubernetesConfig, Taint},
-    provision::PodSpec,
-};
+use super::config::{Config, Taint};
+use crate::provision::PodSpec;
 
 /// Finds all weaver pods.
 pub(super) const SELECTOR: &str = "app=loom-weaver";
@@ -65,12 +63,12 @@ pub(super) fn weaver(pod: &Pod) -> Option<WeaverId> {
 }
 
 /// The user name of weaver pods' service account.
-pub(super) fn account(config: &KubernetesConfig) -> String {
+pub(super) fn account(config: &Config) -> String {
     format!("system:serviceaccount:{}:{ACCOUNT}", config.namespace)
 }
 
 /// The pod of a weaver.
-pub(super) fn build(spec: &PodSpec, config: &KubernetesConfig, authorities: Option<&str>) -> Pod {
+pub(super) fn build(spec: &PodSpec, config: &Config, authorities: Option<&str>) -> Pod {
     let id = spec.weaver.to_string();
     let labels = [("app", "loom-weaver"), (WEAVER_ID, &id), ("app.kubernetes.io/managed-by", "loom-server")];
     Pod {
@@ -113,7 +111,7 @@ pub(super) fn build(spec: &PodSpec, config: &KubernetesConfig, authorities: Opti
     }
 }
 
-fn agent(spec: &PodSpec, config: &KubernetesConfig, authorities: Option<&str>) -> Container {
+fn agent(spec: &PodSpec, config: &Config, authorities: Option<&str>) -> Container {
     let token = format!("{TOKEN_DIRECTORY}/token");
     let mut env = vec![
         variable("LOOM_WEAVER_ID", &spec.weaver.to_string()),
@@ -158,7 +156,7 @@ fn agent(spec: &PodSpec, config: &KubernetesConfig, authorities: Option<&str>) -
     }
 }
 
-fn user(spec: &PodSpec, config: &KubernetesConfig) -> Container {
+fn user(spec: &PodSpec, config: &Config) -> Container {
     let limits = spec.resources;
     let requests = ResourceSpec {
         cpu_millicores: limits.cpu_millicores.min(config.requests.cpu_millicores),
@@ -275,8 +273,8 @@ fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
 mod tests {
     use super::*;
 
-    fn config() -> KubernetesConfig {
-        KubernetesConfig {
+    fn config() -> Config {
+        Config {
             namespace: "loom-weavers".to_owned(),
             agent_image: "loom.test/agent:1".to_owned(),
             agent_url: "https://loom.example".to_owned(),

@@ -5,7 +5,7 @@ use futures_util::future::try_join_all;
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::{Api, Client, api::PostParams};
 
-use crate::config::KubernetesConfig;
+use super::Config;
 
 /// One right, as a rule of a Role or ClusterRole names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,7 +42,7 @@ impl std::fmt::Display for Right {
 
 /// Everything that the server needs. The manifests in `deploy/` grant this and nothing else.
 #[must_use]
-pub fn needed(config: &KubernetesConfig) -> Vec<Right> {
+pub fn needed(config: &Config) -> Vec<Right> {
     let inside = |verb, resource, why| Right {
         verb,
         group: "",
@@ -88,7 +88,7 @@ pub fn needed(config: &KubernetesConfig) -> Vec<Right> {
 /// # Errors
 ///
 /// When the API server cannot be asked.
-pub async fn missing(client: &Client, config: &KubernetesConfig) -> Result<Vec<Right>> {
+pub async fn missing(client: &Client, config: &Config) -> Result<Vec<Right>> {
     let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
     let reviews = &reviews;
     // All at once: the server's start waits for them.

@@ -15,6 +15,7 @@
 //! ([`namespaces`]) over a root file system of read-only system directories ([`rootfs`]). A server that comes back
 //! finds a supervisor by its lock, and watches it through a pidfd.
 
+mod config;
 mod namespaces;
 mod rootfs;
 pub mod supervisor;
@@ -45,10 +46,8 @@ use subtle::ConstantTimeEq as _;
 use tokio::{io::unix::AsyncFd, process::Command, sync::mpsc, time::timeout};
 
 use super::{PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner, ResolvedImage};
-use crate::{
-    config::{Config, LocalNetwork},
-    secrets::new_token,
-};
+use crate::secrets::new_token;
+pub use config::{Config, DEFAULT_IMAGE, Network, Settings};
 
 /// How long a supervisor may take to end what it runs before it is killed.
 const GRACE: Duration = Duration::from_secs(12);
@@ -81,6 +80,7 @@ pub struct Local {
     directory: PathBuf,
     server_url: String,
     agent: PathBuf,
+    image: String,
     uid: Option<u32>,
     isolated_network: bool,
     udp: bool,
@@ -97,21 +97,21 @@ impl Local {
     ///
     /// When its directory cannot be made.
     pub async fn start(config: &Config, server_url: String, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
-        let directory = config.data_dir.join("weavers");
-        make_directory(&directory, 0o711)?;
-        let uid = rustix::process::geteuid().is_root().then_some(config.local_uid);
+        make_directory(&config.directory, 0o711)?;
+        let uid = rustix::process::geteuid().is_root().then_some(config.uid);
         let mut warnings = namespaces::probe().await?;
         warnings.push("limits of CPU and memory are not enforced".to_owned());
-        let isolated_network = config.local_network == LocalNetwork::Isolated;
+        let isolated_network = config.network == Network::Isolated;
         if isolated_network {
             warnings.push("the weaver's processes have no network to the outside (local-network = \"host\" gives them the machine's)".to_owned());
         } else {
             warnings.push("the weaver's processes share this machine's network".to_owned());
         }
         let local = Self {
-            directory,
+            directory: config.directory.clone(),
             server_url,
             agent: config.agent.clone(),
+            image: config.image.clone(),
             uid,
             isolated_network,
             udp: config.agent_udp,
@@ -239,6 +239,13 @@ impl Provisioner for Local {
 
     fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    fn accepts(&self, image: &str) -> Result<(), String> {
+        if image == self.image {
+            return Ok(());
+        }
+        Err(format!("the local backend has no image {image}: weavers see this machine's own system"))
     }
 
     async fn resolve(&self, _image: &str) -> Result<Option<ResolvedImage>, ProvisionError> {

@@ -22,6 +22,7 @@ use crate::{
     api,
     config::{Backend, Config},
     events::Events,
+    listener::{ClientAddress, PlainListener},
     metrics::{self, Metrics},
     provision::{Provisioner, kubernetes::Kubernetes, local::Local},
     reconcile::{Reconciler, deadlines},
@@ -188,14 +189,10 @@ impl App {
             agents.agents.go_away();
             stopping.cancel();
         };
-        let router = api::router(self.state.clone());
+        let router = api::router(self.state.clone()).into_make_service_with_connect_info::<ClientAddress>();
         let serving = match self.listener {
             Listener::Plain(listener) => {
-                let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
-                    // Small frames must not wait for each other; a socket without this works too.
-                    let _ = stream.set_nodelay(true);
-                });
-                axum::serve(listener, router).with_graceful_shutdown(until).into_future()
+                axum::serve(PlainListener(listener), router).with_graceful_shutdown(until).into_future()
             }
             Listener::Tls(listener) => axum::serve(listener, router).with_graceful_shutdown(until).into_future(),
         };

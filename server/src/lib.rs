@@ -15,6 +15,7 @@ pub mod auth;
 pub mod config;
 pub mod events;
 mod fault;
+pub mod listener;
 pub mod metrics;
 pub mod problem;
 pub mod provision;

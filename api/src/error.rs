@@ -34,6 +34,10 @@ pub enum ErrorCode {
     WeaverGone,
     /// The organisation has as many weavers as it may.
     TooManyWeavers,
+    /// The user has as many tokens as it may.
+    TooManyTokens,
+    /// The user or the organisation has as many connections of this kind as it may.
+    TooManyConnections,
     /// The image cannot be had: it does not exist, is not allowed, or this backend has no images.
     ImageUnavailable,
     /// Device login: not approved yet.
@@ -76,7 +80,7 @@ impl ErrorCode {
             Self::WeaverGone => 410,
             Self::PayloadTooLarge => 413,
             Self::ImageUnavailable => 422,
-            Self::TooManyWeavers => 429,
+            Self::TooManyWeavers | Self::TooManyTokens | Self::TooManyConnections => 429,
             Self::Internal | Self::Unknown => 500,
             Self::KubernetesError => 502,
             Self::AgentUnreachable => 504,

@@ -58,9 +58,27 @@ pub struct NewToken {
 pub struct CreateToken {
     /// What it is called in lists.
     pub name: String,
-    /// Hours until it ends; never, when left out.
+    /// Hours until it ends; never, when left out. A token made with one that has an end does not outlive that.
     #[serde(default)]
     pub ttl_hours: Option<f64>,
+    /// Whether it is a person's login: that lives as long as the server lets logins live, and using it renews it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub login: bool,
+}
+
+/// What a user's token is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenKind {
+    /// Signs in once, and does nothing else.
+    SignIn,
+    /// A person's login on one machine; using it renews it.
+    Login,
+    /// A program's; it lives as long as it was made for.
+    Api,
+    /// A kind this build does not know: a newer server's.
+    #[serde(other)]
+    Unknown,
 }
 
 /// A token in a list: everything but the token.
@@ -70,9 +88,15 @@ pub struct TokenInfo {
     pub id: i64,
     /// What it is called.
     pub name: String,
+    /// What it is for.
+    pub kind: TokenKind,
     /// When it was made.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
+    /// When it was last used, to the minute, if it was.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_used_at: Option<Timestamp>,
     /// When it ends, if it does.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default, skip_serializing_if = "Option::is_none")]

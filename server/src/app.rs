@@ -5,13 +5,7 @@
 //! back, the tasks end, and the weavers go on running. Nothing that matters is in memory only, so being killed is no
 //! different.
 
-use std::{
-    fs,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, os::unix::fs::DirBuilderExt as _, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
@@ -28,6 +22,7 @@ use crate::{
     reconcile::{Reconciler, deadlines},
     relay::Relay,
     secrets::Secrets,
+    sign_in,
     store::Store,
     streams::Streams,
     tls::TlsListener,
@@ -105,7 +100,7 @@ impl App {
             .with_context(|| format!("making {}", config.data_dir.display()))?;
         let secrets = Secrets::load(&config.data_dir.join("secret.key"))?;
         let store = Store::open(&config.data_dir.join("loom.db")).await?;
-        first_user(&store, &config.data_dir).await?;
+        sign_in::make_first_user(&store, &config.data_dir).await?;
         let listener = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("listening at {}; is another server running there?", config.listen))?;
@@ -211,18 +206,4 @@ impl App {
         self.state.store.close().await;
         Ok(())
     }
-}
-
-/// Makes the first user and a token to sign in with, in a file that only the server's user can read.
-async fn first_user(store: &Store, data: &Path) -> Result<()> {
-    if store.has_users().await? {
-        return Ok(());
-    }
-    let user = store.add_user("admin").await?;
-    let token = store.add_user_token(user, "first sign-in", None).await?;
-    let path = data.join("admin.token");
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
-    std::io::Write::write_all(&mut file, token.expose().as_bytes())?;
-    tracing::info!("made the user admin; its sign-in token is in {}", path.display());
-    Ok(())
 }

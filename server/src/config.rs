@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, Command, ValueEnum};
+use jiff::SignedDuration;
 use loom_api::weaver::ResourceSpec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use toml::Table;
@@ -71,6 +72,9 @@ struct ServerSettings {
     /// The most weavers of one organisation at a time. [default: 100]
     #[arg(long, env = "LOOM_SERVER_MAX_WEAVERS", value_name = "N", global = true)]
     max_weavers: Option<u32>,
+    /// Days after its last use that a login ends. [default: 90]
+    #[arg(long, env = "LOOM_SERVER_LOGIN_TOKEN_DAYS", value_name = "DAYS", global = true)]
+    login_token_days: Option<u32>,
     /// Seconds between two sweeps for weavers whose timer was missed. [default: 60]
     #[arg(long, env = "LOOM_SERVER_WEAVER_CLEANUP_INTERVAL_SECS", value_name = "SECONDS", global = true)]
     weaver_cleanup_interval_secs: Option<u64>,
@@ -116,6 +120,8 @@ pub struct Config {
     pub resources: ResourceSpec,
     /// The most weavers of one organisation at a time.
     pub max_weavers: u32,
+    /// How long after its last use a login ends.
+    pub login_life: SignedDuration,
     /// Between two sweeps.
     pub cleanup_interval: Duration,
 }
@@ -166,6 +172,8 @@ impl Settings {
         };
         let seconds = server.weaver_cleanup_interval_secs.unwrap_or(60);
         ensure!((1..=86_400).contains(&seconds), "the cleanup interval must be 1 to 86400 seconds, not {seconds}");
+        let login_days = server.login_token_days.unwrap_or(90);
+        ensure!((1..=3650).contains(&login_days), "a login must live 1 to 3650 days, not {login_days}");
         let resources = ResourceSpec {
             cpu_millicores: server.cpu_millicores.unwrap_or(2000),
             memory_mb: server.memory_mb.unwrap_or(2048),
@@ -181,6 +189,7 @@ impl Settings {
             default_image,
             resources,
             max_weavers: server.max_weavers.unwrap_or(100),
+            login_life: SignedDuration::from_hours(24 * i64::from(login_days)),
             cleanup_interval: Duration::from_secs(seconds),
         })
     }

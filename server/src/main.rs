@@ -7,11 +7,11 @@ use clap::{Parser, Subcommand};
 use loom_server::{
     app::App,
     config::{Backend, Settings},
+    manage,
     provision::{
         kubernetes,
         local::{self, supervisor},
     },
-    store::Store,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -33,7 +33,13 @@ enum Command {
     Check,
     /// Manages users.
     #[command(subcommand)]
-    User(User),
+    User(manage::User),
+    /// Manages organisations, whose members share their weavers.
+    #[command(subcommand)]
+    Org(manage::Org),
+    /// Manages users' tokens.
+    #[command(subcommand)]
+    Token(manage::Token),
     /// Stands for one weaver's pod on the local backend.
     #[command(hide = true)]
     LocalPod {
@@ -49,15 +55,6 @@ enum Command {
     },
 }
 
-#[derive(Subcommand)]
-enum User {
-    /// Adds a user, and prints a token to sign in with.
-    Add {
-        /// The user's name: lower-case letters, digits and dashes.
-        name: String,
-    },
-}
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // The one provider for all that speaks TLS here; nobody else has installed one yet.
@@ -68,7 +65,9 @@ fn main() -> ExitCode {
         Some(Command::LocalInit { probe }) => {
             local::init(probe).map(|code| ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
         }
-        Some(Command::User(User::Add { name })) => blocking(add_user(cli.settings, name)),
+        Some(Command::User(command)) => blocking(manage::run(cli.settings, manage::Command::User(command))),
+        Some(Command::Org(command)) => blocking(manage::run(cli.settings, manage::Command::Org(command))),
+        Some(Command::Token(command)) => blocking(manage::run(cli.settings, manage::Command::Token(command))),
         Some(Command::Check) => blocking(check(cli.settings)),
         None | Some(Command::Serve) => blocking(serve(cli.settings)),
     };
@@ -107,17 +106,4 @@ async fn check(settings: Settings) -> Result<()> {
         bail!("there is nothing to check on the local backend");
     };
     kubernetes::check(&kubernetes).await
-}
-
-async fn add_user(settings: Settings, name: String) -> Result<()> {
-    anyhow::ensure!(
-        loom_server::api::is_dns_label(&name),
-        "{name:?} cannot be a user's name: use lower-case letters, digits and dashes"
-    );
-    let config = settings.resolve()?;
-    let store = Store::open(&config.data_dir.join("loom.db")).await?;
-    let user = store.add_user(&name).await?;
-    println!("{}", store.add_user_token(user, "first sign-in", None).await?.expose());
-    store.close().await;
-    Ok(())
 }

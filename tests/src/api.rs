@@ -67,6 +67,26 @@ impl System {
         Ok(Answer { status: status.parse()?, body: serde_json::from_str(body).unwrap_or_default() })
     }
 
+    /// Exchanges a token that signs in once for one that can be used.
+    ///
+    /// # Errors
+    ///
+    /// When the server refuses.
+    pub fn sign_in(&self, token: &str) -> Result<String> {
+        let answer = self.request(Some(token), "POST", "/api/tokens", Some(r#"{"name":"tests"}"#))?;
+        ensure!(answer.status == 201, "signing in: {answer:?}");
+        Ok(answer.body["token"].as_str().context("a token")?.to_owned())
+    }
+
+    /// Adds a user besides the administrator; a token of theirs for the API.
+    ///
+    /// # Errors
+    ///
+    /// When the name is taken.
+    pub fn add_user(&self, name: &str) -> Result<String> {
+        self.sign_in(self.manage(&["user", "add", name])?.trim())
+    }
+
     /// Has the administrator make a weaver, and does not wait for it.
     ///
     /// # Errors

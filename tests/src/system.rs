@@ -7,6 +7,7 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::OnceLock,
     time::Duration,
 };
 
@@ -37,6 +38,7 @@ pub struct System {
     /// The address of a server that is not ours.
     elsewhere: Option<String>,
     settings: Vec<(String, String)>,
+    admin_token: OnceLock<String>,
     /// The namespace of the weavers, when they are pods.
     namespace: Option<Namespace>,
     keep: bool,
@@ -138,6 +140,7 @@ impl System {
             listen: "127.0.0.1:0".to_owned(),
             elsewhere: None,
             settings: Vec::new(),
+            admin_token: OnceLock::new(),
             namespace,
             keep: false,
         };
@@ -174,14 +177,27 @@ impl System {
         self.namespace.as_ref()
     }
 
-    /// The administrator's sign-in token, from the file that the server wrote at its first start.
+    /// The token that signs the administrator in, once, from the file that the server wrote at its first start.
     ///
     /// # Errors
     ///
-    /// When the file cannot be read.
-    pub fn admin_token(&self) -> Result<String> {
+    /// When the file cannot be read: it was used.
+    pub fn sign_in_token(&self) -> Result<String> {
         let token = fs::read_to_string(self.path("data/admin.token")).context("reading the administrator's token")?;
         Ok(token.trim().to_owned())
+    }
+
+    /// A token of the administrator's for the API. The first call signs in for it.
+    ///
+    /// # Errors
+    ///
+    /// When the sign-in token was used for something else.
+    pub fn admin_token(&self) -> Result<String> {
+        if let Some(token) = self.admin_token.get() {
+            return Ok(token.clone());
+        }
+        let token = self.sign_in(&self.sign_in_token()?)?;
+        Ok(self.admin_token.get_or_init(|| token).clone())
     }
 
     /// The environment of the system's user, as names and values.
@@ -221,6 +237,18 @@ impl System {
     #[must_use]
     pub fn loom_binary(&self) -> String {
         self.binaries.join("loom").to_string_lossy().into_owned()
+    }
+
+    /// Runs `loom-server` with an operator's command on the server's data; what it wrote to standard output.
+    ///
+    /// # Errors
+    ///
+    /// Shows its standard error when it fails.
+    pub fn manage(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = self.program(&self.binaries.join("loom-server").to_string_lossy());
+        let output = command.args(arguments).arg("--data-dir").arg(self.path("data")).output()?;
+        ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// Runs `loom` to its end; what it wrote to standard output.

@@ -5,14 +5,6 @@ use loom_tests::{System, api::read_until, eventually, system::PATIENCE};
 use serde_json::json;
 use tungstenite::Message;
 
-/// A user besides the administrator; its token.
-fn add_user(system: &System, name: &str) -> Result<String> {
-    let server = system.loom_binary() + "-server";
-    let output = system.program(&server).args(["user", "add", name, "--data-dir"]).arg(system.path("data")).output()?;
-    ensure!(output.status.success(), "user add: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
-
 #[test]
 fn every_documented_route_is_there_and_needs_a_token_unless_it_says_otherwise() -> Result<()> {
     let system = System::start()?;
@@ -42,7 +34,7 @@ fn every_documented_route_is_there_and_needs_a_token_unless_it_says_otherwise() 
 fn another_users_weavers_and_devices_do_not_exist_for_one() -> Result<()> {
     let system = System::start()?;
     let weaver = system.new_weaver(&["--name", "mine"])?;
-    let eve = add_user(&system, "eve")?;
+    let eve = system.add_user("eve")?;
     let eve = Some(eve.as_str());
     for (method, path, body) in [
         ("GET", format!("/api/weavers/{}", weaver.id), None),

@@ -92,7 +92,7 @@ fn approve(system: &System, code: &str) -> Result<()> {
     curl.args(["-sS", "--fail", "--noproxy", "*", "--output", "/dev/null"])
         .args(["--data", "action=approve", "--data-urlencode", &format!("user_code={code}")])
         .args(["--data-urlencode", "token@-", &format!("{}/login/device", system.url())]);
-    let output = output_with_input(curl, system.admin_token()?.as_bytes())?;
+    let output = output_with_input(curl, system.sign_in_token()?.as_bytes())?;
     ensure!(output.status.success(), "approving: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }

@@ -86,7 +86,7 @@ async fn exchange(client: &Client, given: &str) -> Result<Secret> {
     if given.expose().is_empty() {
         return Err(CliError::usage("cannot log in: the token is empty"));
     }
-    let request = CreateToken { name: client_name(), ttl_hours: None };
+    let request = CreateToken { name: client_name(), ttl_hours: None, login: true };
     match client.with_token(given.clone()).post::<NewToken>("/api/tokens", &request).await {
         Ok(new) => Ok(new.token),
         // It may do other things, but not make tokens: then it is used itself.

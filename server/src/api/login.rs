@@ -8,14 +8,16 @@ use axum::{
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{
     ErrorCode,
-    login::{CreateToken, Me, NewToken, TokenInfo},
+    login::{CreateToken, Me, NewToken, TokenInfo, TokenKind},
 };
 
 use super::Body;
 use crate::{
     app::AppState,
-    auth::UserCaller,
+    auth::{SignInCaller, UserCaller},
     problem::{Answer, Problem},
+    sign_in,
+    store::TokenError,
 };
 
 /// The longest name of a token.
@@ -32,7 +34,7 @@ pub async fn me(caller: UserCaller) -> Json<Me> {
 /// Revokes the token that the request came with.
 #[utoipa::path(delete, path = "/api/login", tag = "login", responses((status = 204)), security(("bearer" = [])))]
 pub async fn log_out(State(app): State<AppState>, caller: UserCaller) -> Answer<StatusCode> {
-    app.store.remove_token(caller.user.id, caller.token).await?;
+    app.store.remove_token(caller.user.id, caller.token.id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -42,27 +44,58 @@ pub async fn list_tokens(State(app): State<AppState>, caller: UserCaller) -> Ans
     Ok(Json(app.store.tokens(caller.user.id).await?))
 }
 
-/// Makes a token for a program, such as CI.
+/// Makes a token: for a program, such as CI, or in exchange for one that only signs in.
 #[utoipa::path(post, path = "/api/tokens", tag = "login", request_body = CreateToken,
     responses((status = 201, body = NewToken), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
 pub async fn create_token(
     State(app): State<AppState>,
-    caller: UserCaller,
+    SignInCaller(caller): SignInCaller,
     Body(request): Body<CreateToken>,
 ) -> Answer<(StatusCode, Json<NewToken>)> {
     let invalid = |message: String| Problem::new(ErrorCode::InvalidRequest, message);
-    if request.name.is_empty() || request.name.len() > LONGEST_NAME {
+    let name = request.name;
+    if name.is_empty() || name.len() > LONGEST_NAME {
         return Err(invalid(format!("a token's name has 1 to {LONGEST_NAME} bytes")));
     }
-    let expires_at = match request.ttl_hours {
+    let requested = match request.ttl_hours {
         None => None,
         Some(hours) if hours.is_finite() && hours > 0.0 && hours <= LONGEST_LIFE => {
             Some(Timestamp::now() + SignedDuration::from_secs_f64(hours * 3600.0))
         }
         Some(hours) => return Err(invalid(format!("a token cannot live {hours} hours"))),
     };
-    let token = app.store.add_user_token(caller.user.id, &request.name, expires_at).await?;
-    Ok((StatusCode::CREATED, Json(NewToken { token, name: request.name, expires_at })))
+    let login_end = Timestamp::now() + app.config.login_life;
+    let user = caller.user.id;
+    let (token, expires_at) = match caller.token.kind {
+        TokenKind::SignIn => {
+            let token = app.store.exchange_sign_in(user, caller.token.id, &name, login_end).await?;
+            sign_in::remove_spent_file(&app.store, &app.config.data_dir).await;
+            (token, Some(login_end))
+        }
+        kind => {
+            // Nobody gets more time out of a program's token than it has.
+            let limit = caller.token.expires_at.filter(|_| kind != TokenKind::Login);
+            let (kind, expires_at) = match (request.login, limit) {
+                (true, None) => (TokenKind::Login, Some(login_end)),
+                _ => (TokenKind::Api, requested.into_iter().chain(limit).min()),
+            };
+            (app.store.add_user_token(user, &name, kind, expires_at).await?, expires_at)
+        }
+    };
+    Ok((StatusCode::CREATED, Json(NewToken { token, name, expires_at })))
+}
+
+impl From<TokenError> for Problem {
+    fn from(error: TokenError) -> Self {
+        let message = error.to_string();
+        match error {
+            TokenError::TooMany => {
+                Self::new(ErrorCode::TooManyTokens, message).hint("revoke one that nobody uses any more")
+            }
+            TokenError::Gone => Self::new(ErrorCode::Unauthorized, message).hint("log in: loom login"),
+            TokenError::Database(error) => error.into(),
+        }
+    }
 }
 
 /// Ends one of the caller's tokens.

@@ -13,7 +13,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{
     ErrorCode, Secret,
-    login::{DeviceLogin, NewToken, PollDeviceLogin, StartDeviceLogin},
+    login::{DeviceLogin, NewToken, PollDeviceLogin, StartDeviceLogin, TokenKind},
 };
 use serde::Deserialize;
 
@@ -22,7 +22,8 @@ use crate::{
     app::AppState,
     problem::{Answer, Problem},
     secrets::random,
-    store::{Approval, DevicePoll, TokenOwner},
+    sign_in,
+    store::{Approval, DevicePoll, Token, TokenOwner},
 };
 
 /// How long a login may wait for its approval.
@@ -70,8 +71,9 @@ pub async fn poll(State(app): State<AppState>, Body(request): Body<PollDeviceLog
         DevicePoll::Denied => problem(ErrorCode::AccessDenied, "the login was denied"),
         DevicePoll::Approved(user) => {
             let name = "loom login".to_owned();
-            let token = app.store.add_user_token(user, &name, None).await?;
-            Ok(axum::Json(NewToken { token, name, expires_at: None }))
+            let expires_at = Some(Timestamp::now() + app.config.login_life);
+            let token = app.store.add_user_token(user, &name, TokenKind::Login, expires_at).await?;
+            Ok(axum::Json(NewToken { token, name, expires_at }))
         }
     }
 }
@@ -107,7 +109,7 @@ pub async fn decide(State(app): State<AppState>, decision: Result<Form<Decision>
     let code = normalise(&decision.user_code);
     let again = |status, why| Ok(respond(status, &form(&code, why)));
     let signed_in = app.store.token(decision.token.expose().trim()).await?;
-    let Some(TokenOwner::User(user, _)) = signed_in.map(|token| token.owner) else {
+    let Some(Token { id, kind, owner: TokenOwner::User(user, _), .. }) = signed_in else {
         return again(StatusCode::FORBIDDEN, "This is not a sign-in token of this server.");
     };
     let Some(client) = app.store.pending_device_login(&code).await? else {
@@ -119,6 +121,10 @@ pub async fn decide(State(app): State<AppState>, decision: Result<Form<Decision>
     let approval = if decision.action == "approve" { Approval::Approve } else { Approval::Deny };
     if !app.store.decide_device_login(&code, user.id, approval).await? {
         return again(StatusCode::CONFLICT, "This login was decided meanwhile.");
+    }
+    if kind == Some(TokenKind::SignIn) && approval == Approval::Approve {
+        app.store.remove_token(user.id, id).await?;
+        sign_in::remove_spent_file(&app.store, &app.config.data_dir).await;
     }
     let (heading, text) = match approval {
         Approval::Approve => ("Logged in", "is logged in as"),

@@ -7,9 +7,10 @@ use axum::{
     extract::FromRequestParts,
     http::{header, request::Parts},
 };
+use jiff::Timestamp;
 use loom_api::{
     ErrorCode, OrgId, WeaverId,
-    login::{Organisation, User},
+    login::{Organisation, TokenKind, User},
 };
 
 use crate::{
@@ -25,9 +26,26 @@ pub struct UserCaller {
     pub user: User,
     /// Its organisations, the personal one first.
     pub organisations: Vec<Organisation>,
-    /// The number of the token it came with.
-    pub token: i64,
+    /// The token it came with.
+    pub token: UserToken,
 }
+
+/// What a handler may need to know of the token that a user came with.
+#[derive(Debug, Clone, Copy)]
+pub struct UserToken {
+    /// Its number.
+    pub id: i64,
+    /// What it is for.
+    pub kind: TokenKind,
+    /// When it ends, if it does.
+    pub expires_at: Option<Timestamp>,
+    /// The identity revision at which it was good.
+    pub revision: i64,
+}
+
+/// The caller is a user, who may have come with a token that does nothing but sign in.
+#[derive(Debug)]
+pub struct SignInCaller(pub UserCaller);
 
 /// The caller is the agent of a weaver.
 #[derive(Debug)]
@@ -61,18 +79,59 @@ async fn authenticate(parts: &Parts, app: &AppState) -> Answer<Token> {
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
         .ok_or_else(|| unauthorized("this needs a bearer token"))?
         .1;
-    app.store.token(token.trim()).await?.ok_or_else(|| unauthorized("the token is unknown, expired or revoked"))
+    let token =
+        app.store.token(token.trim()).await?.ok_or_else(|| unauthorized("the token is unknown, expired or revoked"))?;
+    if let Err(error) = app.store.note_use(&token, app.config.login_life).await {
+        tracing::warn!("the use of a token could not be noted: {error}");
+    }
+    Ok(token)
+}
+
+fn user_caller(token: Token) -> Answer<Caller> {
+    let user_token = |kind: Option<TokenKind>| UserToken {
+        id: token.id,
+        kind: kind.unwrap_or(TokenKind::Unknown),
+        expires_at: token.expires_at,
+        revision: token.revision,
+    };
+    match token.owner {
+        TokenOwner::User(user, organisations) => {
+            Ok(Caller::User(UserCaller { user, organisations, token: user_token(token.kind) }))
+        }
+        TokenOwner::Suspended(user) => {
+            Err(Problem::new(ErrorCode::Forbidden, format!("the user {} is suspended", user.name))
+                .hint("ask whoever runs the server"))
+        }
+        TokenOwner::Agent(weaver) => Ok(Caller::Agent(AgentCaller(weaver))),
+    }
+}
+
+fn not_for_agents() -> Problem {
+    Problem::new(ErrorCode::Forbidden, "this is for users, not for agents")
 }
 
 impl FromRequestParts<AppState> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Answer<Self> {
-        let token = authenticate(parts, app).await?;
-        Ok(match token.owner {
-            TokenOwner::User(user, organisations) => Self::User(UserCaller { user, organisations, token: token.id }),
-            TokenOwner::Agent(weaver) => Self::Agent(AgentCaller(weaver)),
-        })
+        match user_caller(authenticate(parts, app).await?)? {
+            Self::User(user) if user.token.kind == TokenKind::SignIn => {
+                Err(Problem::new(ErrorCode::Forbidden, "this token does nothing but sign in, once")
+                    .hint("sign in with: loom login --token -"))
+            }
+            caller => Ok(caller),
+        }
+    }
+}
+
+impl FromRequestParts<AppState> for SignInCaller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Answer<Self> {
+        match user_caller(authenticate(parts, app).await?)? {
+            Caller::User(user) => Ok(Self(user)),
+            Caller::Agent(_) => Err(not_for_agents()),
+        }
     }
 }
 
@@ -82,7 +141,7 @@ impl FromRequestParts<AppState> for UserCaller {
     async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Answer<Self> {
         match Caller::from_request_parts(parts, app).await? {
             Caller::User(user) => Ok(user),
-            Caller::Agent(_) => Err(Problem::new(ErrorCode::Forbidden, "this is for users, not for agents")),
+            Caller::Agent(_) => Err(not_for_agents()),
         }
     }
 }

@@ -1,31 +1,33 @@
-//! Users, organisations, tokens and device logins.
+//! Users, organisations and device logins.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use jiff::{SignedDuration, Timestamp};
-use loom_api::{
-    OrgId, Secret, UserId, WeaverId,
-    login::{Organisation, TokenInfo, User},
-};
+use loom_api::{OrgId, UserId};
+use sqlx::{Sqlite, Transaction};
 
-use super::{Store, millis, parsed, timestamp};
-use crate::secrets::{hash, new_token};
+use super::{Store, millis, parsed, timestamp, tokens::advance_revision};
+use crate::secrets::hash;
 
-/// Whose a token is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TokenOwner {
-    /// A user's, with its organisations.
-    User(User, Vec<Organisation>),
-    /// An agent's, for one weaver.
-    Agent(WeaverId),
+/// A user as operators see it.
+#[derive(Debug)]
+pub struct UserRecord {
+    /// The name.
+    pub name: String,
+    /// When it was added.
+    pub created_at: Timestamp,
+    /// Since when it has no rights, if it is suspended.
+    pub suspended_at: Option<Timestamp>,
 }
 
-/// A good token.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Token {
-    /// Its number.
-    pub id: i64,
-    /// Whose it is.
-    pub owner: TokenOwner,
+/// An organisation as operators see it.
+#[derive(Debug)]
+pub struct OrgRecord {
+    /// The name.
+    pub name: String,
+    /// Whether it is one user's own.
+    pub personal: bool,
+    /// The members' names.
+    pub members: Vec<String>,
 }
 
 /// What a poll of a device login finds.
@@ -53,11 +55,8 @@ pub enum Approval {
 }
 
 impl Store {
-    /// Makes a user with a personal organisation.
-    ///
-    /// # Errors
-    ///
-    /// When the name is taken, or is not a DNS label.
+    /// Makes a user with a personal organisation. A name is given once: a removed user's is not free again, so that
+    /// nobody is taken for who had it before.
     pub async fn add_user(&self, name: &str) -> Result<UserId> {
         let (user, org, now) = (UserId::generate(), OrgId::generate(), millis(Timestamp::now()));
         let mut transaction = self.begin_write().await?;
@@ -69,7 +68,7 @@ impl Store {
                 .execute(&mut *transaction)
                 .await?;
         if added.rows_affected() == 0 {
-            bail!("there is a user {name} already");
+            bail!("there is, or was, a user {name}: names are not given twice");
         }
         sqlx::query("INSERT INTO organisations (id, name, owner_id, created_at) VALUES (?, ?, ?, ?)")
             .bind(org.to_string())
@@ -78,7 +77,7 @@ impl Store {
             .bind(now)
             .execute(&mut *transaction)
             .await
-            .with_context(|| format!("making the organisation {name}"))?;
+            .with_context(|| format!("an organisation is called {name} already"))?;
         sqlx::query("INSERT INTO memberships (org_id, user_id) VALUES (?, ?)")
             .bind(org.to_string())
             .bind(user.to_string())
@@ -97,135 +96,131 @@ impl Store {
         sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM users)").fetch_one(self.reader()).await
     }
 
-    /// Makes a token of a user's.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn add_user_token(
-        &self,
-        user: UserId,
-        name: &str,
-        expires_at: Option<Timestamp>,
-    ) -> sqlx::Result<Secret> {
-        let token = new_token();
-        sqlx::query("INSERT INTO tokens (hash, name, user_id, created_at, expires_at) VALUES (?, ?, ?, ?, ?)")
-            .bind(hash(token.expose()))
-            .bind(name)
-            .bind(user.to_string())
-            .bind(millis(Timestamp::now()))
-            .bind(expires_at.map(millis))
-            .execute(self.writer())
-            .await?;
-        Ok(token)
+    /// The id of the user with a name.
+    pub async fn user_named(&self, name: &str) -> Result<UserId> {
+        let mut transaction = self.reader().begin().await?;
+        Ok(parsed(&user_id(&mut transaction, name).await?)?)
     }
 
-    /// Makes the token of a weaver's agent; the one it had before ends.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn replace_agent_token(&self, weaver: WeaverId) -> sqlx::Result<Secret> {
-        let token = new_token();
+    /// All users but removed ones.
+    pub async fn users(&self) -> sqlx::Result<Vec<UserRecord>> {
+        let rows: Vec<(String, i64, Option<i64>)> =
+            sqlx::query_as("SELECT name, created_at, suspended_at FROM users WHERE removed_at IS NULL ORDER BY name")
+                .fetch_all(self.reader())
+                .await?;
+        rows.into_iter()
+            .map(|(name, created_at, suspended_at)| {
+                let suspended_at = suspended_at.map(timestamp).transpose()?;
+                Ok(UserRecord { name, created_at: timestamp(created_at)?, suspended_at })
+            })
+            .collect()
+    }
+
+    /// Takes all rights of a user's away until [`Self::resume_user`] gives them back.
+    pub async fn suspend_user(&self, name: &str) -> Result<()> {
         let mut transaction = self.begin_write().await?;
-        sqlx::query("DELETE FROM tokens WHERE weaver_id = ?")
-            .bind(weaver.to_string())
-            .execute(&mut *transaction)
-            .await?;
-        sqlx::query("INSERT INTO tokens (hash, name, weaver_id, created_at) VALUES (?, 'agent', ?, ?)")
-            .bind(hash(token.expose()))
-            .bind(weaver.to_string())
+        let user = user_id(&mut transaction, name).await?;
+        sqlx::query("UPDATE users SET suspended_at = COALESCE(suspended_at, ?) WHERE id = ?")
             .bind(millis(Timestamp::now()))
+            .bind(&user)
             .execute(&mut *transaction)
             .await?;
-        transaction.commit().await?;
-        Ok(token)
+        advance_revision(&mut transaction).await?;
+        Ok(transaction.commit().await?)
     }
 
-    /// Whose a bearer token is. It is looked up by its hash, so the comparison tells nothing about the token.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn token(&self, token: &str) -> sqlx::Result<Option<Token>> {
-        let row: Option<(i64, Option<String>, Option<String>)> = sqlx::query_as(
-            "SELECT id, user_id, weaver_id FROM tokens WHERE hash = ? AND (expires_at IS NULL OR expires_at > ?)",
+    /// Gives a suspended user's rights back.
+    pub async fn resume_user(&self, name: &str) -> Result<()> {
+        let mut transaction = self.begin_write().await?;
+        let user = user_id(&mut transaction, name).await?;
+        sqlx::query("UPDATE users SET suspended_at = NULL WHERE id = ?").bind(user).execute(&mut *transaction).await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Removes a user with its tokens and memberships for good. Its row stays for what names it; the server takes the
+    /// grants of its devices back and ends the weavers in its personal organisation.
+    pub async fn remove_user(&self, name: &str) -> Result<()> {
+        let mut transaction = self.begin_write().await?;
+        let user = user_id(&mut transaction, name).await?;
+        let now = millis(Timestamp::now());
+        sqlx::query("UPDATE users SET removed_at = ?, suspended_at = COALESCE(suspended_at, ?) WHERE id = ?")
+            .bind(now)
+            .bind(now)
+            .bind(&user)
+            .execute(&mut *transaction)
+            .await?;
+        for statement in [
+            "DELETE FROM tokens WHERE user_id = ?",
+            "DELETE FROM memberships WHERE user_id = ?",
+            // An approved login that was not fetched yet would become a token.
+            "DELETE FROM device_logins WHERE user_id = ?",
+        ] {
+            sqlx::query(statement).bind(&user).execute(&mut *transaction).await?;
+        }
+        advance_revision(&mut transaction).await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Makes an organisation without members.
+    pub async fn add_org(&self, name: &str) -> Result<OrgId> {
+        let org = OrgId::generate();
+        let done = sqlx::query(
+            "INSERT INTO organisations (id, name, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING",
         )
-        .bind(hash(token))
+        .bind(org.to_string())
+        .bind(name)
         .bind(millis(Timestamp::now()))
-        .fetch_optional(self.reader())
+        .execute(self.writer())
         .await?;
-        Ok(match row {
-            Some((id, Some(user), _)) => {
-                let user = self.user(parsed(&user)?).await?;
-                let organisations = self.organisations(user.id).await?;
-                Some(Token { id, owner: TokenOwner::User(user, organisations) })
+        ensure!(done.rows_affected() == 1, "an organisation is called {name} already");
+        Ok(org)
+    }
+
+    /// Every organisation's name with its members' names, but for those of removed users.
+    pub async fn orgs(&self) -> sqlx::Result<Vec<OrgRecord>> {
+        let rows: Vec<(String, bool, Option<String>)> = sqlx::query_as(
+            "SELECT o.name, o.owner_id IS NOT NULL, u.name FROM organisations o \
+             LEFT JOIN memberships m ON m.org_id = o.id LEFT JOIN users u ON u.id = m.user_id \
+             WHERE o.owner_id IS NULL OR u.id IS NOT NULL ORDER BY o.name, u.name",
+        )
+        .fetch_all(self.reader())
+        .await?;
+        let mut orgs: Vec<OrgRecord> = Vec::new();
+        for (name, personal, member) in rows {
+            if orgs.last().is_none_or(|last| last.name != name) {
+                orgs.push(OrgRecord { name, personal, members: Vec::new() });
             }
-            Some((id, None, Some(weaver))) => Some(Token { id, owner: TokenOwner::Agent(parsed(&weaver)?) }),
-            _ => None,
-        })
+            if let Some(last) = orgs.last_mut() {
+                last.members.extend(member);
+            }
+        }
+        Ok(orgs)
     }
 
-    /// The tokens of a user, newest first.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn tokens(&self, user: UserId) -> sqlx::Result<Vec<TokenInfo>> {
-        let rows: Vec<(i64, String, i64, Option<i64>)> = sqlx::query_as(
-            "SELECT id, name, created_at, expires_at FROM tokens WHERE user_id = ? ORDER BY id DESC LIMIT 1000",
-        )
-        .bind(user.to_string())
-        .fetch_all(self.reader())
-        .await?;
-        rows.into_iter()
-            .map(|(id, name, created_at, expires_at)| {
-                let expires_at = expires_at.map(timestamp).transpose()?;
-                Ok(TokenInfo { id, name, created_at: timestamp(created_at)?, expires_at })
-            })
-            .collect()
-    }
-
-    /// Ends a token of a user's; whether there was one.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn remove_token(&self, user: UserId, id: i64) -> sqlx::Result<bool> {
-        let done = sqlx::query("DELETE FROM tokens WHERE id = ? AND user_id = ?")
-            .bind(id)
-            .bind(user.to_string())
-            .execute(self.writer())
+    /// Makes a user a member of a shared organisation.
+    pub async fn add_member(&self, org: &str, user: &str) -> Result<()> {
+        let mut transaction = self.begin_write().await?;
+        let (org, user) = (shared_org_id(&mut transaction, org).await?, user_id(&mut transaction, user).await?);
+        sqlx::query("INSERT INTO memberships (org_id, user_id) VALUES (?, ?) ON CONFLICT DO NOTHING")
+            .bind(org)
+            .bind(user)
+            .execute(&mut *transaction)
             .await?;
-        Ok(done.rows_affected() > 0)
+        Ok(transaction.commit().await?)
     }
 
-    /// A user by its id.
-    ///
-    /// # Errors
-    ///
-    /// The database's; also when there is no such user.
-    pub async fn user(&self, id: UserId) -> sqlx::Result<User> {
-        let name = sqlx::query_scalar("SELECT name FROM users WHERE id = ?")
-            .bind(id.to_string())
-            .fetch_one(self.reader())
+    /// Ends a membership of a shared organisation.
+    pub async fn remove_member(&self, org: &str, user: &str) -> Result<()> {
+        let mut transaction = self.begin_write().await?;
+        let ids = (shared_org_id(&mut transaction, org).await?, user_id(&mut transaction, user).await?);
+        let done = sqlx::query("DELETE FROM memberships WHERE org_id = ? AND user_id = ?")
+            .bind(ids.0)
+            .bind(ids.1)
+            .execute(&mut *transaction)
             .await?;
-        Ok(User { id, name })
-    }
-
-    pub(super) async fn organisations(&self, user: UserId) -> sqlx::Result<Vec<Organisation>> {
-        let rows: Vec<(String, String, Option<String>)> = sqlx::query_as(
-            "SELECT o.id, o.name, o.owner_id FROM organisations o JOIN memberships m ON m.org_id = o.id \
-             WHERE m.user_id = ? ORDER BY o.owner_id IS NULL, o.name",
-        )
-        .bind(user.to_string())
-        .fetch_all(self.reader())
-        .await?;
-        rows.into_iter()
-            .map(|(id, name, owner)| {
-                Ok(Organisation { id: parsed(&id)?, name, personal: owner == Some(user.to_string()) })
-            })
-            .collect()
+        ensure!(done.rows_affected() == 1, "{user} is not a member of {org}");
+        advance_revision(&mut transaction).await?;
+        Ok(transaction.commit().await?)
     }
 
     /// Records a device login.
@@ -336,27 +331,31 @@ impl Store {
     }
 }
 
+/// The id of the user with a name, as the database keeps it.
+async fn user_id(transaction: &mut Transaction<'_, Sqlite>, name: &str) -> Result<String> {
+    sqlx::query_scalar("SELECT id FROM users WHERE name = ? AND removed_at IS NULL")
+        .bind(name)
+        .fetch_optional(&mut **transaction)
+        .await?
+        .with_context(|| format!("there is no user {name}; see: loom-server user list"))
+}
+
+/// The id of the organisation with a name, which must not be one user's own.
+async fn shared_org_id(transaction: &mut Transaction<'_, Sqlite>, name: &str) -> Result<String> {
+    let row: Option<(String, bool)> =
+        sqlx::query_as("SELECT id, owner_id IS NOT NULL FROM organisations WHERE name = ?")
+            .bind(name)
+            .fetch_optional(&mut **transaction)
+            .await?;
+    let (id, personal) =
+        row.with_context(|| format!("there is no organisation {name}; make it with: loom-server org create {name}"))?;
+    ensure!(!personal, "{name} is a user's own organisation; its only member is that user");
+    Ok(id)
+}
+
 #[cfg(test)]
 mod tests {
     use super::{super::tests::temporary, *};
-
-    #[tokio::test]
-    async fn a_token_works_until_it_is_removed_or_has_ended() {
-        let (_directory, store) = temporary().await;
-        let user = store.add_user("ada").await.expect("added");
-        assert!(store.add_user("ada").await.is_err(), "names are unique");
-        let token = store.add_user_token(user, "ci", None).await.expect("made");
-        let found = store.token(token.expose()).await.expect("looked up").expect("found");
-        let TokenOwner::User(found_user, organisations) = found.owner else { panic!("a user's") };
-        assert_eq!((found_user.id, organisations.len(), organisations[0].personal), (user, 1, true));
-        assert_eq!(store.token("loom_wrong").await.expect("looked up"), None);
-        assert!(store.remove_token(user, found.id).await.expect("removed"));
-        assert_eq!(store.token(token.expose()).await.expect("looked up"), None);
-
-        let past = Timestamp::now() - SignedDuration::from_secs(1);
-        let ended = store.add_user_token(user, "old", Some(past)).await.expect("made");
-        assert_eq!(store.token(ended.expose()).await.expect("looked up"), None);
-    }
 
     #[tokio::test]
     async fn a_device_login_is_approved_once_and_used_once() {

@@ -3,10 +3,11 @@
 //! SQLite has one writer at a time, so this process has one connection that writes, and the others only read. Writers
 //! queue for it here instead of colliding in the file.
 //!
-//! [`identity`] holds users, organisations, tokens and device logins; [`weavers`] the weavers with their events;
+//! [`identity`] holds users, organisations and device logins; [`tokens`] their tokens; [`weavers`] the weavers with their events;
 //! [`tunnels`] devices, addresses and grants. Methods are on [`Store`], which is cheap to clone.
 
 mod identity;
+mod tokens;
 mod tunnels;
 mod weavers;
 
@@ -20,7 +21,8 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous},
 };
 
-pub use identity::{Approval, DevicePoll, Token, TokenOwner};
+pub use identity::{Approval, DevicePoll, OrgRecord, UserRecord};
+pub use tokens::{Token, TokenError, TokenOwner};
 pub use tunnels::{DeviceError, LiveGrant};
 pub use weavers::{EndedBy, NewWeaver, WeaverRow};
 
@@ -157,6 +159,7 @@ pub(crate) mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use jiff::SignedDuration;
+    use loom_api::login::TokenKind;
 
     use super::*;
 
@@ -191,7 +194,7 @@ pub(crate) mod tests {
         let other_process = Store::open(&directory.path().join("loom.db")).await.expect("opens twice");
         let user = store.add_user("ada").await.expect("added");
         let until = Timestamp::now() + SignedDuration::from_mins(10);
-        let mut clients = tokio::task::JoinSet::<sqlx::Result<()>>::new();
+        let mut clients = tokio::task::JoinSet::<Result<(), TokenError>>::new();
         for client in 0..CLIENTS {
             let store = if client % 4 == 0 { other_process.clone() } else { store.clone() };
             clients.spawn(async move {
@@ -199,7 +202,7 @@ pub(crate) mod tests {
                 store.add_device_login(&device, &format!("USER-{client}"), "laptop", until).await?;
                 for _ in 0..ROUNDS {
                     store.poll_device_login(&device, SignedDuration::ZERO).await?;
-                    let token = store.add_user_token(user, "ci", None).await?;
+                    let token = store.add_user_token(user, "ci", TokenKind::Api, None).await?;
                     let found = store.token(token.expose()).await?.expect("a token can be used once it is made");
                     assert!(store.remove_token(user, found.id).await?, "removed once");
                 }

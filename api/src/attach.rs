@@ -51,9 +51,9 @@ pub struct AttachQuery {
 pub enum ClientControl {
     /// The client's window changed.
     Resize {
-        /// Rows.
+        /// The height in rows.
         rows: u16,
-        /// Columns.
+        /// The width in columns.
         cols: u16,
     },
 }
@@ -62,7 +62,7 @@ pub enum ClientControl {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ServerControl {
-    /// The client is in.
+    /// The client is attached; the first frame.
     Attached {
         /// The terminal, for the reconnection's query.
         terminal: Uuid,
@@ -82,14 +82,14 @@ pub enum ServerControl {
     },
     /// The terminal's size changed: the smallest of the writers' windows.
     Resize {
-        /// Rows.
+        /// The height in rows.
         rows: u16,
-        /// Columns.
+        /// The width in columns.
         cols: u16,
     },
     /// So many bytes of this client's input have arrived in all.
     Input {
-        /// Bytes.
+        /// Bytes of this client's input that have arrived, counted from its first connection.
         offset: u64,
     },
     /// Who is attached, at every change.
@@ -97,9 +97,9 @@ pub enum ServerControl {
         /// How many clients, observers included.
         clients: u32,
     },
-    /// The weaver ends in so many seconds.
+    /// The weaver will end soon.
     Expiring {
-        /// Seconds.
+        /// Seconds until the weaver ends.
         seconds: u64,
     },
     /// The main program ended; the last frame.
@@ -111,7 +111,7 @@ pub enum ServerControl {
     Error {
         /// One of the API's error codes.
         code: crate::ErrorCode,
-        /// In words.
+        /// What failed, as the user reads it.
         message: String,
     },
 }

@@ -27,7 +27,7 @@ impl Backoff {
         tokio::time::sleep(self.step(random)).await;
     }
 
-    /// It worked: the next failure begins anew.
+    /// Starts over with the shortest wait, after a success.
     pub(crate) fn reset(&mut self) {
         *self = Self::default();
     }

@@ -22,7 +22,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Begins, with what is waited for.
+    /// Starts the spinner.
     pub(crate) fn start(waiting_for: &str) -> Self {
         let spinner = io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}")
@@ -48,7 +48,7 @@ impl Progress {
         self.say(&stage_line(stage, seconds, self.colour));
     }
 
-    /// Tells something beside the stages.
+    /// Prints a line above the spinner.
     pub(crate) fn say(&self, line: &str) {
         match &self.spinner {
             Some(spinner) => spinner.suspend(|| eprint_line(line)),
@@ -56,7 +56,7 @@ impl Progress {
         }
     }
 
-    /// Takes the spinner away.
+    /// Removes the spinner.
     pub(crate) fn finish(&self) {
         if let Some(spinner) = &self.spinner {
             spinner.finish_and_clear();

@@ -61,10 +61,6 @@ impl Cluster {
     /// Starts it, and waits until pods can be made. `images` are OCI archives; an archive `dir/NAME.tar` is pushed to
     /// the registry as [`registry::image`]`("NAME")`, and one whose name begins with `private-` to the registry that
     /// asks for a password.
-    ///
-    /// # Errors
-    ///
-    /// When a part does not come up; its log's end is shown.
     pub fn up(&self, images: &[PathBuf]) -> Result<()> {
         ensure!(processes::am_root(), "only an administrator can run a cluster on this machine");
         self.down()?;
@@ -102,10 +98,6 @@ impl Cluster {
     }
 
     /// Ends it, and removes all that it made.
-    ///
-    /// # Errors
-    ///
-    /// Names what could not be removed.
     pub fn down(&self) -> Result<()> {
         if !self.directory.exists() {
             return Ok(());
@@ -134,19 +126,11 @@ impl Cluster {
     }
 
     /// Ends one part as a crash would.
-    ///
-    /// # Errors
-    ///
-    /// When it does not run.
     pub fn kill(&self, part: &str) -> Result<()> {
         parts::stop(&self.path("run"), part)
     }
 
     /// Starts a part again that was ended.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be started.
     pub fn restart(&self, part: &str) -> Result<()> {
         let all = parts::CONTROL_PLANE.iter().chain(parts::WORKERS).chain(parts::NETWORK);
         let part = all.into_iter().find(|known| known.name == part).context("no such part")?;
@@ -223,10 +207,6 @@ impl Cluster {
 }
 
 /// Runs kubectl; what it printed.
-///
-/// # Errors
-///
-/// Shows what kubectl said.
 pub fn kubectl(kube: &Path, kubeconfig: &Path, arguments: &[&str], input: &str) -> Result<String> {
     let mut command = Command::new(kube);
     command.arg("kubectl").arg("--kubeconfig").arg(kubeconfig).args(arguments);

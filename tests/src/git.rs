@@ -22,10 +22,6 @@ pub struct Repository {
 
 impl Repository {
     /// Makes one in the system's directory, and serves it.
-    ///
-    /// # Errors
-    ///
-    /// When git cannot be used.
     pub fn serve(system: &System) -> Result<Self> {
         let base = system.path("repositories");
         let at = base.join("project");

@@ -35,10 +35,6 @@ impl Namespace {
     }
 
     /// A new namespace.
-    ///
-    /// # Errors
-    ///
-    /// When there is no cluster.
     pub fn create() -> Result<Self> {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -56,10 +52,6 @@ impl Namespace {
     }
 
     /// Makes it, as when it was deleted meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// Shows what kubectl said.
     pub fn make(&self) -> Result<()> {
         let name = &self.name;
         self.kubectl_anywhere(
@@ -86,28 +78,16 @@ impl Namespace {
     }
 
     /// Runs kubectl in the namespace; what it printed.
-    ///
-    /// # Errors
-    ///
-    /// Shows what kubectl said.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         self.kubectl_anywhere(&[&["--namespace", &self.name], arguments].concat(), "")
     }
 
     /// Makes or changes what a manifest says.
-    ///
-    /// # Errors
-    ///
-    /// Shows what kubectl said.
     pub fn apply(&self, manifest: &str) -> Result<()> {
         self.kubectl_anywhere(&["--namespace", &self.name, "apply", "-f", "-"], manifest).map(drop)
     }
 
     /// Makes or changes what a manifest says, in the namespaces that it says.
-    ///
-    /// # Errors
-    ///
-    /// Shows what kubectl said.
     pub fn apply_anywhere(&self, manifest: &str) -> Result<()> {
         self.kubectl_anywhere(&["apply", "-f", "-"], manifest).map(drop)
     }
@@ -117,10 +97,6 @@ impl Namespace {
     }
 
     /// The weavers' pods.
-    ///
-    /// # Errors
-    ///
-    /// When the cluster does not say.
     pub fn pods(&self) -> Result<Vec<Value>> {
         let list = self.kubectl(&["get", "pods", "--selector", "app=loom-weaver", "--output", "json"])?;
         let list: Value = serde_json::from_str(&list)?;
@@ -128,10 +104,6 @@ impl Namespace {
     }
 
     /// The pod of a weaver, if there is one.
-    ///
-    /// # Errors
-    ///
-    /// When the cluster does not say.
     pub fn pod(&self, weaver: &Weaver) -> Result<Option<Value>> {
         Ok(self.pods()?.into_iter().find(|pod| pod["metadata"]["labels"]["weaver-id"] == weaver.id.as_str()))
     }

@@ -21,10 +21,6 @@ pg_ctl --pgdata "$HOME/pg" --log "$HOME/pg.log" --wait \
 
 impl System {
     /// Makes a weaver from an image with PostgreSQL in it, where there are images; it does not run yet.
-    ///
-    /// # Errors
-    ///
-    /// When it is not made.
     pub fn new_weaver_with_postgres(&self) -> Result<Weaver> {
         match self.namespace() {
             None => self.new_weaver(&[]),
@@ -33,29 +29,17 @@ impl System {
     }
 
     /// Starts PostgreSQL in a weaver, over `loom ssh`.
-    ///
-    /// # Errors
-    ///
-    /// When the weaver has no PostgreSQL, or it does not start.
     pub fn start_postgres(&self, weaver: &Weaver) -> Result<()> {
         self.run(&["ssh", &weaver.id, "--", START]).context("starting PostgreSQL in the weaver").map(drop)
     }
 
     /// The loopback address at which a weaver's listening ports appear here.
-    ///
-    /// # Errors
-    ///
-    /// When the weaver's tunnel is not up.
     pub fn local_address(&self, weaver: &Weaver) -> Result<String> {
         let status = self.json(&["tunnel", "status", &weaver.id, "--json"])?;
         find_address(&status).context("the tunnel's status names no address")
     }
 
     /// Asks PostgreSQL at `address` with the real `psql`.
-    ///
-    /// # Errors
-    ///
-    /// Shows what `psql` said.
     pub fn psql(&self, address: &str, port: u16, query: &str) -> Result<String> {
         let output = Command::new("psql")
             .args([

@@ -30,10 +30,6 @@ struct Drawn {
 
 impl Terminal {
     /// Starts `command` on a new terminal of 24 rows and 80 columns.
-    ///
-    /// # Errors
-    ///
-    /// When there is no pseudo-terminal or no such program.
     pub fn spawn(command: &std::process::Command) -> Result<Self> {
         let (pty, pts) = pty_process::blocking::open().context("opening a pseudo-terminal")?;
         pty.resize(pty_process::Size::new(ROWS, COLS))?;
@@ -61,19 +57,11 @@ impl Terminal {
     }
 
     /// Types.
-    ///
-    /// # Errors
-    ///
-    /// When the program has gone.
     pub fn send(&mut self, keys: &str) -> Result<()> {
         (&*self.pty).write_all(keys.as_bytes()).context("typing into a terminal")
     }
 
     /// Changes the window's size.
-    ///
-    /// # Errors
-    ///
-    /// When the terminal has gone.
     pub fn resize(&self, rows: u16, cols: u16) -> Result<()> {
         self.pty.resize(pty_process::Size::new(rows, cols)).context("resizing a terminal")
     }
@@ -91,20 +79,12 @@ impl Terminal {
     }
 
     /// Waits until the screen shows `text`.
-    ///
-    /// # Errors
-    ///
-    /// Shows the screen when the time is over.
     pub fn expect(&self, text: &str, limit: Duration) -> Result<()> {
         eventually(&format!("{text:?} on the screen"), limit, || Ok(self.screen().contains(text).then_some(())))
             .with_context(|| format!("the screen is:\n{}", self.screen()))
     }
 
     /// Waits for the program's end.
-    ///
-    /// # Errors
-    ///
-    /// Shows the screen when the time is over.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         eventually("a program on a terminal to end", limit, || Ok(self.child.try_wait()?))
             .with_context(|| format!("the screen is:\n{}", self.screen()))

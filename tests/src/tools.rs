@@ -5,10 +5,6 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 
 /// Where a program is.
-///
-/// # Errors
-///
-/// When it was not built.
 pub fn find(name: &str) -> Result<PathBuf> {
     let mut directory = std::env::current_exe()?;
     let tools = loop {

@@ -8,10 +8,6 @@ use anyhow::{Result, bail};
 const POLL: Duration = Duration::from_millis(20);
 
 /// Looks until `look` gives something, at most `limit` long.
-///
-/// # Errors
-///
-/// Names `what` when the time is over, and passes on the errors of `look` at once.
 pub fn eventually<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {

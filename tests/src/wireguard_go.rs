@@ -31,10 +31,6 @@ struct KeyPair {
 
 impl WireGuardGo {
     /// Has the server admit a new device to the weaver, and connects it straight to the agent's UDP port.
-    ///
-    /// # Errors
-    ///
-    /// When wireguard-go is not installed, or this machine allows no TUN device.
     pub fn connect(system: &System, weaver: &Weaver) -> Result<Self> {
         let keys = KeyPair::generate()?;
         let grant = open_tunnel(system, weaver, &encode(&keys.public)?)?;

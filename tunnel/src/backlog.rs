@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 /// The most bytes kept for one peer: about one window of a stream at 100 Mbit/s and 20 ms.
 pub const MAX_BACKLOG_BYTES: usize = 256 * 1024;
 
-/// The queue of one peer.
+/// The packets that wait for one peer's session.
 #[derive(Default)]
 pub(crate) struct Backlog {
     packets: VecDeque<Vec<u8>>,

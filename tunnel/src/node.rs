@@ -50,7 +50,7 @@ pub const UNKNOWN_PER_SECOND: u32 = 4;
 /// holder accepts the answer.
 pub const UNKNOWN_LIFETIME: Duration = Duration::from_secs(2);
 
-/// How many such are kept.
+/// How many initiations from unknown keys are kept.
 pub const MAX_UNKNOWN: usize = 8;
 
 /// Bits of a session index that name the peer's place in the table; those above them differ from one peer to the next
@@ -58,7 +58,7 @@ pub const MAX_UNKNOWN: usize = 8;
 const SLOT_BITS: u32 = 14;
 const INDEX_BITS: u32 = 24;
 
-/// What a node is.
+/// A node's identity and keys.
 pub struct NodeConfig {
     /// Its X25519 private key.
     pub private_key: StaticSecret,
@@ -71,7 +71,7 @@ pub struct NodeConfig {
 /// One batch of datagrams for one path, in the buffer given to [`Node::poll_transmit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transmit {
-    /// Where it goes.
+    /// The path that the datagram takes.
     pub path: Path,
     /// For whom it is. All zero for a cookie reply to someone who is not known yet and came straight.
     pub peer: PublicKey,
@@ -79,7 +79,7 @@ pub struct Transmit {
     pub segment_size: usize,
 }
 
-/// What a node says unasked.
+/// Events that a node reports by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NodeEvent {
@@ -91,7 +91,7 @@ pub enum NodeEvent {
     PathChanged {
         /// The peer.
         peer: PublicKey,
-        /// Its way.
+        /// The path that carries its data now; `None` when no path works.
         path: Option<Path>,
     },
     /// A peer was removed because another took over its address.
@@ -103,7 +103,7 @@ pub enum NodeEvent {
     },
 }
 
-/// What was dropped, by reason.
+/// Datagrams that the node dropped, by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Initiations from keys that are no peers, and packets for sessions that no peer has.
@@ -157,14 +157,14 @@ pub struct Node {
     out: Output,
 }
 
-/// An initiation that was taken.
+/// A handshake initiation that was accepted.
 struct Seen {
     fingerprint: [u8; 16],
     path: Path,
     at: Instant,
 }
 
-/// Initiations from keys that are no peers.
+/// Recent initiations from unknown keys, and the rate limit of their reports.
 struct Unknown {
     recent: VecDeque<Stranger>,
     /// Since when reports are counted, and how many there were.
@@ -325,7 +325,7 @@ impl Node {
         self.out.inbox.pop(buffer)
     }
 
-    /// The oldest event.
+    /// Takes the oldest pending event.
     pub fn poll_event(&mut self) -> Option<NodeEvent> {
         self.out.pop_event()
     }
@@ -336,13 +336,13 @@ impl Node {
         self.slots.iter().flatten().map(|peer| peer.next_timeout()).min()
     }
 
-    /// All peers.
+    /// The status of every peer.
     #[must_use]
     pub fn peers(&self, now: Instant) -> Vec<PeerStatus> {
         self.slots.iter().flatten().map(|peer| peer.status(now)).collect()
     }
 
-    /// What was dropped so far.
+    /// The number of datagrams dropped so far, by reason.
     #[must_use]
     pub const fn counters(&self) -> Counters {
         self.out.counters

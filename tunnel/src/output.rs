@@ -36,7 +36,7 @@ const OPEN_BATCHES: usize = 8;
 /// Empty buffers kept for later batches.
 const SPARE_BUFFERS: usize = 16;
 
-/// All four.
+/// Everything that a call into the core produces; the driver empties it.
 #[derive(Default)]
 pub(crate) struct Output {
     pub(crate) outbox: Outbox,
@@ -77,7 +77,7 @@ impl Output {
     }
 }
 
-/// What became of a datagram.
+/// Whether a datagram found room in the outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Written {
     /// It will be sent.

@@ -54,20 +54,20 @@ pub struct PeerConfig {
     pub candidates: Vec<SocketAddr>,
 }
 
-/// One peer as it is.
+/// The status of one peer.
 #[derive(Debug, Clone)]
 pub struct PeerStatus {
-    /// Its key.
+    /// The peer's public key.
     pub public_key: PublicKey,
     /// Its address inside the tunnel.
     pub address: Ipv6Addr,
-    /// Since the last completed handshake.
+    /// The time since the last completed handshake.
     pub last_handshake: Option<Duration>,
-    /// Bytes of inner packets sent and received.
+    /// Bytes of inner packets sent.
     pub sent: u64,
-    /// See `sent`.
+    /// Bytes of inner packets received.
     pub received: u64,
-    /// The paths known.
+    /// The known paths to the peer.
     pub paths: Vec<PathStatus>,
 }
 
@@ -289,7 +289,7 @@ impl Peer {
         }
     }
 
-    /// Acts on what the parts conclude.
+    /// Applies what the handshake, the session and the paths decided.
     pub(crate) fn settle(&mut self, now: Instant, out: &mut Output) {
         if self.paths.select() {
             out.event(NodeEvent::PathChanged { peer: self.key(), path: self.paths.active() });

@@ -84,9 +84,9 @@ pub(crate) enum Received {
     Nothing,
     /// An inner IPv6 packet.
     Packet {
-        /// Its bytes.
+        /// Its length in bytes.
         len: usize,
-        /// Its source.
+        /// Its source address.
         source: Ipv6Addr,
     },
     /// An inner IPv4 packet; we have no such address.
@@ -95,7 +95,7 @@ pub(crate) enum Received {
     Reply(usize),
 }
 
-/// Tells a datagram's type, if its length fits.
+/// The datagram's message type, if its length fits the type.
 pub(crate) fn classify(datagram: &[u8]) -> Option<Message> {
     let index = |at: usize| Some(u32::from_le_bytes(datagram.get(at..at + 4)?.try_into().ok()?));
     match (index(0)?, datagram.len()) {
@@ -122,7 +122,7 @@ pub(crate) fn fingerprint(initiation: &[u8; INITIATION_LEN]) -> [u8; 16] {
     initiation[MAC1].try_into().expect("the range is 16 bytes")
 }
 
-/// What the gate says of an initiation.
+/// Whether a handshake initiation may proceed.
 pub(crate) enum Admission {
     /// It was made by the holder of this key, or is a replay of what that made.
     From(PublicKey),

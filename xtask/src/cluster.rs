@@ -13,13 +13,12 @@ use crate::{build, images, tools};
 pub(crate) enum Command {
     /// Builds and starts it; the one before, or what is left of it, goes first.
     Up,
-    /// Ends it and removes all that it made.
+    /// Stops the cluster and removes everything it created.
     Down,
-    /// Says what runs.
+    /// Shows which parts are running.
     Status,
 }
 
-/// Does one of these.
 pub(crate) fn run(command: &Command) -> Result<()> {
     let cluster = Cluster::new(&tools::directory());
     match command {
@@ -65,7 +64,6 @@ impl Own {
         up(binaries).map(Self)
     }
 
-    /// How to reach it.
     pub(crate) fn kubeconfig(&self) -> PathBuf {
         self.0.kubeconfig()
     }

@@ -24,7 +24,7 @@ const LEFT_OUT: [&str; 3] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share
 /// Builds an image as an OCI archive, without Docker.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Which one.
+    /// The image to build
     image: Image,
 }
 

@@ -28,7 +28,7 @@ pub(super) struct Children {
 /// A process that was spawned. It leads a session and a process group of its own.
 #[derive(Debug)]
 pub(super) struct Child {
-    /// Its id, and its group's.
+    /// The process's id, which is also its group's.
     pub(super) pid: Pid,
     /// How it ended; given once, when it was reaped.
     pub(super) exit: oneshot::Receiver<ExitStatus>,

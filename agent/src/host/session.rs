@@ -126,7 +126,7 @@ impl Descriptors {
     }
 }
 
-/// What the client may do to the program.
+/// What a client's frames act on.
 struct Target<'a> {
     host: &'a Host,
     leader: Pid,

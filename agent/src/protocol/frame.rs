@@ -60,9 +60,7 @@ impl FrameKind {
 /// One frame of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// What it carries.
     pub kind: FrameKind,
-    /// Its payload.
     pub payload: Bytes,
 }
 

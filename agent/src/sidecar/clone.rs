@@ -25,11 +25,9 @@ use gix::protocol::transport::{
 /// What is to be cloned, and where.
 #[derive(Debug, Clone)]
 pub(crate) struct Repository {
-    /// The repository's URL.
     pub(crate) url: String,
     /// The branch; the repository's own default when there is none.
     pub(crate) branch: Option<String>,
-    /// The workspace.
     pub(crate) workspace: PathBuf,
     /// Whether `file://` is allowed.
     pub(crate) allow_file: bool,

@@ -264,7 +264,7 @@ impl Control {
     }
 }
 
-/// What is to be sent next. Cancel-safe.
+/// The next message to send. Cancel-safe.
 async fn next(unsent: &mut Option<AgentMessage>, outbox: &mut mpsc::Receiver<AgentMessage>) -> AgentMessage {
     if let Some(message) = unsent.take() {
         return message;

@@ -24,9 +24,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The sidecar's keys. They live as long as the process, so that a new registration changes nothing for its peers.
 pub(crate) struct Identity {
-    /// For the tunnel.
+    /// The tunnel's key.
     pub(crate) wireguard: StaticSecret,
-    /// For the SSH server.
+    /// The SSH server's host key.
     pub(crate) ssh: PrivateKey,
 }
 
@@ -49,7 +49,7 @@ impl Identity {
         WireGuardKey(PublicKey::from(&self.wireguard).to_bytes())
     }
 
-    /// Registers, as often as it takes. Cancel-safe.
+    /// Registers with the server, retrying until it succeeds. Cancel-safe.
     pub(crate) async fn register(&self, config: &Config) -> Registered {
         let mut pause = BackOff::default();
         loop {

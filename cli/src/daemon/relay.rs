@@ -21,7 +21,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::node::Node;
 
-/// Between two pings.
+/// The interval between pings.
 const PING: Duration = Duration::from_secs(10);
 /// A relay that says nothing for so long, no answer to a ping either, is gone.
 const SILENCE: Duration = Duration::from_secs(25);

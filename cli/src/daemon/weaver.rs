@@ -12,9 +12,8 @@ use loom_tunnel::{PathKind, PublicKey};
 
 use super::{listeners::Listeners, node::Node, protocol::TunnelStatus};
 
-/// See the module.
+/// One weaver that the node has a tunnel to.
 pub(crate) struct Weaver {
-    /// Its id.
     pub(crate) id: WeaverId,
     state: Mutex<State>,
 }
@@ -70,7 +69,7 @@ impl Weaver {
         self.state().grant.peer_address
     }
 
-    /// Its agent's key.
+    /// The WireGuard public key of the weaver's agent.
     pub(crate) fn peer_key(&self) -> PublicKey {
         PublicKey::from(self.state().grant.peer_key.0)
     }
@@ -90,7 +89,6 @@ impl Weaver {
         Some(old)
     }
 
-    /// What is wrong with it.
     pub(crate) fn problem(&self) -> Option<String> {
         self.state().problem.clone()
     }
@@ -101,7 +99,7 @@ impl Weaver {
         Use(self)
     }
 
-    /// What is wrong with it, for its status.
+    /// Sets what `loom tunnel status` shows as the tunnel's problem.
     pub(crate) fn set_problem(&self, problem: Option<String>) {
         self.state().problem = problem;
     }
@@ -117,7 +115,7 @@ impl Weaver {
         state.listeners.is_some() || state.streams > 0
     }
 
-    /// Since the last stream ended.
+    /// The time since the last stream ended.
     pub(crate) fn unused_for(&self) -> Duration {
         self.state().used.elapsed()
     }

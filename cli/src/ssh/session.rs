@@ -52,9 +52,8 @@ const HELP: &[u8] =
 pub(crate) struct Remote {
     /// A command line; a login shell when there is none.
     pub(crate) command: Option<String>,
-    /// With a terminal.
+    /// Whether to ask for a terminal.
     pub(crate) terminal: bool,
-    /// Environment for it.
     pub(crate) env: Vec<(String, String)>,
 }
 
@@ -81,7 +80,7 @@ impl client::Handler for Host {
     }
 }
 
-/// How it ended.
+/// How the remote command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     /// With an exit code, or 128 plus a signal.
@@ -222,7 +221,7 @@ async fn pump_output(from_host: &mut ChannelReadHalf) -> End {
 
 /// How the input ended.
 enum Input {
-    /// There is no more; output goes on.
+    /// Standard input ended; output continues.
     Over,
     /// The user typed `~.`.
     Escaped,
@@ -309,7 +308,7 @@ fn read_input() -> mpsc::Receiver<Vec<u8>> {
 /// What typed bytes mean.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Typed {
-    /// These are for the host.
+    /// Bytes to send to the host.
     send: Vec<u8>,
     /// The user wants to know the escapes.
     help: bool,

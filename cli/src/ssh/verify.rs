@@ -5,28 +5,28 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use russh::keys::{Certificate, PublicKey, PublicKeyOrCertificate, ssh_key::certificate::CertType};
 
-/// Why a host is not believed.
+/// Why a host key is not trusted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Distrust {
-    /// It has a bare key.
+    /// The host offered a bare key without a certificate.
     #[error("it shows no certificate")]
     NoCertificate,
-    /// Another authority, or a forgery.
+    /// The certificate is signed by another authority, or forged.
     #[error("its certificate is not from this server's SSH authority")]
     Authority,
-    /// Not for hosts.
+    /// The certificate is not a host certificate.
     #[error("its certificate is not for a host")]
     NotAHost,
-    /// Not yet, or not any more.
+    /// The certificate is not valid now.
     #[error("its certificate is not valid now; is this machine's clock right?")]
     Time,
-    /// Another weaver's.
+    /// The certificate belongs to another weaver.
     #[error("its certificate is for {0}, not for this weaver")]
     Principal(String),
-    /// It has conditions that nobody has told us of.
+    /// The certificate has critical options that this client does not know.
     #[error("its certificate has the unknown condition {0:?}")]
     Condition(String),
-    /// The authority's own key is not one.
+    /// The authority's key that the server gave cannot be parsed.
     #[error("the server's SSH authority cannot be read")]
     BadAuthority,
 }

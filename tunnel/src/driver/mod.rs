@@ -50,7 +50,7 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Batches of packets made for a peer that is being removed: one reset for each connection that a node may have.
 const FAREWELL_BATCHES: usize = 32;
 
-/// What a node is.
+/// A node's identity and sockets.
 pub struct Config {
     /// Its X25519 private key.
     pub private_key: StaticSecret,
@@ -80,7 +80,7 @@ pub enum ConnectError {
     TooMany,
 }
 
-/// What a node has to say unasked.
+/// Events that a node reports by itself.
 #[derive(Debug, Clone)]
 pub enum TunnelEvent {
     /// A valid handshake came from a key that is no peer (at most a few per second).
@@ -98,21 +98,21 @@ pub struct Incoming {
     connections: mpsc::Receiver<IncomingConnection>,
 }
 
-/// What the node says unasked.
+/// The stream of a node's [`TunnelEvent`]s.
 pub struct Events {
     events: mpsc::Receiver<TunnelEvent>,
 }
 
 /// One connection that a peer wants; dropped, it is refused.
 pub struct IncomingConnection {
-    /// Who.
+    /// The peer that connects.
     pub peer: PublicKey,
-    /// From where inside the tunnel.
+    /// The peer's address inside the tunnel.
     pub peer_address: Ipv6Addr,
-    /// To which port of ours.
+    /// The local port that it connects to.
     pub port: u16,
     shared: Arc<Shared>,
-    /// Until it is decided.
+    /// Taken when the connection is accepted or refused.
     flow: Option<Flow>,
 }
 
@@ -250,7 +250,7 @@ impl Tunnel {
         self.shared().wake();
     }
 
-    /// All peers.
+    /// The status of every peer.
     #[must_use]
     pub fn peers(&self) -> Vec<PeerStatus> {
         self.shared().lock().node.peers(Instant::now())

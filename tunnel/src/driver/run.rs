@@ -44,7 +44,7 @@ enum Next {
     Wait(Option<Instant>),
 }
 
-/// What the state machines want.
+/// What the driver has to do next for the state machines.
 enum Step {
     /// The batch is to be sent there, in segments of this size.
     Send(SocketAddr, usize),

@@ -16,7 +16,7 @@ use tracing::debug;
 use super::{CONNECT_TIMEOUT, carry, serve};
 use crate::{ConnectError, Tunnel};
 
-/// How long a client has to say what it wants.
+/// How long a client may take for the whole SOCKS handshake.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
 const VERSION: u8 = 5;

@@ -29,7 +29,7 @@ pub(super) struct Backlog {
     waiting: HashMap<Flow, Waiting>,
     /// The same in order of age; may name flows that are gone.
     by_age: VecDeque<(Instant, Flow)>,
-    /// Those the application has not been told of.
+    /// Connections that the application has not seen yet.
     news: VecDeque<Flow>,
 }
 

@@ -66,13 +66,13 @@ pub(super) struct Connection {
     handle: SocketHandle,
     /// Bytes of each of its two buffers.
     pub(super) buffer: usize,
-    /// How far its clock is ahead.
+    /// How far the connection's clock is ahead of the node's.
     skew: time::Duration,
-    /// Where its clock stops.
+    /// Where the clock of a connection in TIME-WAIT stops; see [`TIME_WAIT_CLOCK`].
     frozen: Option<time::Instant>,
     last_heard: Instant,
     end: Option<End>,
-    /// When the application let go of it.
+    /// When the application dropped its end.
     released: Option<Instant>,
     /// The last answer of a connection in TIME-WAIT.
     farewell: Option<Vec<u8>>,
@@ -208,7 +208,7 @@ impl Connection {
         true
     }
 
-    /// Ends it with a reset.
+    /// Resets the connection.
     pub(super) fn abort(&mut self) {
         if self.end.is_none() {
             self.end = Some(End::Reset);

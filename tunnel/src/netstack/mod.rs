@@ -77,7 +77,7 @@ pub(crate) struct Full;
 /// Why a connection could not be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OpenError {
-    /// The peer said no, or gave up.
+    /// The peer refused the connection, or gave it up before it was open.
     Refused,
     /// The peer did not answer.
     TimedOut,
@@ -213,7 +213,7 @@ impl Netstack {
         self.timers.first().map(|&(at, _)| at)
     }
 
-    /// The next connection that a peer wants.
+    /// The next connection that a peer asks for.
     pub(crate) fn poll_incoming(&mut self) -> Option<Flow> {
         self.backlog.next()
     }

@@ -43,7 +43,7 @@ pub const BUSY_WINDOW: Duration = Duration::from_secs(2);
 /// How long an address that was learnt and never worked is remembered.
 pub const LEARNT_LIFETIME: Duration = Duration::from_secs(120);
 
-/// How a packet travels.
+/// How a packet reaches a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PathKind {
     /// Through the server's relay.
@@ -55,13 +55,13 @@ pub enum PathKind {
 /// One path to a peer, judged by what was last authenticated on it.
 #[derive(Debug, Clone)]
 pub struct PathStatus {
-    /// Which.
+    /// How packets travel on this path.
     pub kind: PathKind,
     /// Whether data goes over it now.
     pub active: bool,
     /// The last round trip measured on it.
     pub rtt: Option<Duration>,
-    /// Since the last authenticated packet on it.
+    /// The time since the last authenticated packet on it.
     pub last_received: Option<Duration>,
 }
 
@@ -95,7 +95,7 @@ struct Route {
     nonce: u64,
     prober: Prober,
     proved: bool,
-    /// Whether it was proved once.
+    /// Whether a probe was ever answered on it.
     worked: bool,
     last_received: Option<Instant>,
 }

@@ -54,9 +54,9 @@ const REMEMBERED: usize = 8;
 pub(crate) enum Pace {
     /// It carries data now.
     Busy,
-    /// It would carry data.
+    /// It is the chosen path, but there is no data.
     Idle,
-    /// Another would.
+    /// Another path would be used before it.
     Standby,
 }
 

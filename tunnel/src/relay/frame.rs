@@ -54,12 +54,12 @@ pub enum Frame<'a> {
     },
     /// The peer is not connected to the relay.
     PeerAbsent {
-        /// Its key.
+        /// The absent peer's public key.
         peer: [u8; 32],
     },
 }
 
-/// Why a message is no frame.
+/// Why a message is not a valid frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// Shorter than a header.

@@ -18,6 +18,6 @@ pub type RelayChannel =
 
 /// Opens relay connections; the application brings TLS, proxies and credentials.
 pub trait RelayConnector: Send + Sync + 'static {
-    /// Connects once.
+    /// Makes one attempt to connect.
     fn connect(&self) -> impl Future<Output = io::Result<RelayChannel>> + Send;
 }

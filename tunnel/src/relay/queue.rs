@@ -14,17 +14,17 @@ use super::frame;
 /// Where TCP stops, in bytes: enough to keep a gigabit busy for the 2 ms until the writer runs again.
 const FULL: usize = 256 << 10;
 
-/// Where it goes on.
+/// Queued bytes below which stopped TCP connections continue.
 const LOW: usize = 64 << 10;
 
-/// The most that waits, in bytes.
+/// The most bytes that may be queued.
 const MAX: usize = 512 << 10;
 
 /// Frames grow to this size: large enough that the server's work per frame does not show, small enough that dropping
 /// one is no disaster.
 const FRAME: usize = 32 << 10;
 
-/// The queue.
+/// Frames on their way to the relay.
 #[derive(Default)]
 pub(crate) struct RelayQueue {
     frames: VecDeque<(PublicKey, Vec<u8>)>,

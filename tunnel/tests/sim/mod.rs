@@ -22,7 +22,7 @@ mod link;
 
 pub use link::{Link, Random};
 
-/// A node's place in the world.
+/// A host's index in the world.
 pub type Id = usize;
 
 /// The time between a node's connection to the relay ending and its being told.
@@ -31,7 +31,7 @@ const RELAY_NOTICE: Duration = Duration::from_millis(1);
 /// More steps than this without the clock moving is a node that never comes to rest.
 const MAX_STEPS_AT_ONE_TIME: u32 = 5_000;
 
-/// Everything.
+/// The simulated network: all hosts, links, the relay and the clock.
 pub struct World {
     pub now: Instant,
     pub start: Instant,
@@ -230,7 +230,7 @@ impl World {
         self.pump(id);
     }
 
-    /// Lets time pass.
+    /// Advances the clock and delivers everything due by then.
     pub fn run_for(&mut self, time: Duration) {
         let until = self.now + time;
         self.run_until(until, |_| false);

@@ -84,7 +84,6 @@ impl Model {
         }
     }
 
-    /// Takes output.
     pub(super) fn feed(&mut self, bytes: &[u8]) {
         let mut from = 0;
         for (index, &byte) in bytes.iter().enumerate() {

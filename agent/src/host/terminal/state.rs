@@ -36,10 +36,10 @@ pub(super) enum Output {
     Bytes(Bytes),
 }
 
-/// What there is for a client.
+/// What to do next for a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Next {
-    /// This.
+    /// A frame to send.
     Send(Output),
     /// Nothing until something changes.
     Wait,
@@ -62,13 +62,13 @@ pub(super) struct TerminalState {
 struct Client {
     window: Option<Size>,
     read_only: bool,
-    /// What its input is counted under.
+    /// The id under which this client's input is counted across connections.
     key: Uuid,
     /// The offset of the next byte it is to get.
     place: u64,
     /// What goes before everything else: the greeting, and both halves of a snapshot.
     first: VecDeque<Output>,
-    /// What has changed since it was told.
+    /// What the client has not been told yet.
     news: News,
     /// The exit was told.
     done: bool,
@@ -112,7 +112,6 @@ impl TerminalState {
         self.exit
     }
 
-    /// Takes the program's output.
     pub(super) fn feed(&mut self, bytes: &[u8]) {
         self.model.feed(bytes);
         self.ring.push(bytes);

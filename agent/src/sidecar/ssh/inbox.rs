@@ -20,20 +20,15 @@ pub(super) const LIMIT: usize = 64 << 20;
 /// What one entry weighs beside its bytes.
 const ENTRY: usize = 64;
 
-/// One thing that a client said.
+/// One message from a client.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Input {
     /// Bytes for the program or the connection.
     Data(Bytes),
-    /// No more bytes.
+    /// The client will send no more bytes.
     Eof,
     /// The terminal's new size.
-    Resize {
-        /// Rows.
-        rows: u16,
-        /// Columns.
-        cols: u16,
-    },
+    Resize { rows: u16, cols: u16 },
     /// A signal, as SSH names it.
     Signal(String),
 }

@@ -95,7 +95,6 @@ pub(crate) struct Args {
     detach_keys: Option<DetachKeys>,
 }
 
-/// How to attach.
 #[derive(Debug, Default)]
 pub(super) struct Options {
     read_only: bool,
@@ -174,7 +173,7 @@ pub(super) async fn attach(context: &Context, client: &Client, weaver: WeaverId,
 
 /// How an attach ends well.
 enum Outcome {
-    /// The person left.
+    /// The user detached.
     Detached,
     /// The program ended with this code.
     Exited(i32),
@@ -182,9 +181,9 @@ enum Outcome {
 
 /// What ended one connection.
 enum End {
-    /// It broke: there will be another.
+    /// The connection was lost; the next one follows.
     Broken,
-    /// There will be no other.
+    /// The attach has ended.
     Final(Outcome),
 }
 

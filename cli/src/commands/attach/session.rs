@@ -14,13 +14,13 @@ const MAX_PENDING: usize = 256 << 10;
 /// The largest piece of input, in bytes.
 const MAX_PIECE: usize = 16 << 10;
 
-/// One person's place at a terminal.
+/// The state of one attachment across reconnections.
 #[derive(Debug)]
 pub(super) struct Session {
     /// The same at every connection.
     client: Uuid,
     read_only: bool,
-    /// The terminal, once it was met.
+    /// The terminal's id, once the server has told it.
     terminal: Option<Uuid>,
     /// The output offset of the next live byte.
     offset: u64,
@@ -104,7 +104,7 @@ impl Session {
         self.stale = true;
     }
 
-    /// Takes a control message.
+    /// Handles a control message.
     pub(super) fn control(&mut self, control: ServerControl) -> Told {
         match control {
             ServerControl::Attached { terminal, offset, input } => {
@@ -151,7 +151,7 @@ impl Session {
         self.pending.len() < MAX_PENDING
     }
 
-    /// Takes input.
+    /// Queues input until the server acknowledges it.
     pub(super) fn push_input(&mut self, input: &[u8]) {
         if !self.read_only {
             self.pending.extend_from_slice(input);

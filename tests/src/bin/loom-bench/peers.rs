@@ -27,10 +27,6 @@ const UDP_PORT: u16 = 51_820;
 
 impl Cable {
     /// Makes the hosts and the cable.
-    ///
-    /// # Errors
-    ///
-    /// When this machine allows no network namespaces: only an administrator may make them.
     pub(crate) fn new() -> Result<Self> {
         let unique = std::process::id();
         let cable = Self {

@@ -7,6 +7,8 @@ use clap::Args;
 use loom_api::weaver::ResourceSpec;
 use serde::{Deserialize, Serialize};
 
+use super::registry::Authority;
+
 /// The image that is made for weavers.
 pub const DEFAULT_IMAGE: &str = "ghcr.io/ghuntley/loom/weaver:latest";
 
@@ -45,6 +47,16 @@ pub struct Settings {
         global = true
     )]
     kubernetes_plain_http_registries: Option<Vec<String>>,
+    /// Registries and their token servers that images are read from though they have no public address, as HOST or
+    /// HOST:PORT. Those over plain HTTP need not be named again.
+    #[arg(
+        long,
+        env = "LOOM_SERVER_KUBERNETES_PRIVATE_REGISTRIES",
+        value_name = "HOST",
+        value_delimiter = ',',
+        global = true
+    )]
+    kubernetes_private_registries: Option<Vec<String>>,
     /// Labels of the nodes that weavers run on.
     #[arg(
         long,
@@ -88,7 +100,9 @@ pub struct Config {
     /// Secrets to pull images with.
     pub pull_secrets: Vec<String>,
     /// Registries that are asked over plain HTTP.
-    pub plain_http_registries: Vec<String>,
+    pub plain_http_registries: Vec<Authority>,
+    /// Registries that are asked though they have no public address.
+    pub private_registries: Vec<Authority>,
     /// Whether agents use UDP, or the relay only.
     pub agent_udp: bool,
     /// Labels of the nodes that weavers run on.
@@ -116,7 +130,6 @@ impl Settings {
             let (key, value) = text.split_once('=').with_context(|| format!("{text:?} is not KEY=VALUE"))?;
             Ok((key.to_owned(), value.to_owned()))
         };
-        let tolerations = self.kubernetes_tolerations.unwrap_or_default();
         Ok(Config {
             namespace: self.kubernetes_namespace.unwrap_or_else(|| "loom-weavers".to_owned()),
             agent_image: self
@@ -125,10 +138,11 @@ impl Settings {
             agent_url,
             agent_ca: self.kubernetes_agent_ca,
             pull_secrets: self.kubernetes_pull_secrets.unwrap_or_default(),
-            plain_http_registries: self.kubernetes_plain_http_registries.unwrap_or_default(),
+            plain_http_registries: parsed(self.kubernetes_plain_http_registries)?,
+            private_registries: parsed(self.kubernetes_private_registries)?,
             agent_udp,
             node_selector: self.kubernetes_node_selector.iter().flatten().map(label).collect::<Result<_>>()?,
-            tolerations: tolerations.iter().map(|taint| taint.parse()).collect::<Result<_>>()?,
+            tolerations: parsed(self.kubernetes_tolerations)?,
             requests: ResourceSpec {
                 cpu_millicores: self.kubernetes_request_cpu_millicores.unwrap_or(500),
                 memory_mb: self.kubernetes_request_memory_mb.unwrap_or(512),
@@ -136,6 +150,10 @@ impl Settings {
             runtime_class: self.kubernetes_runtime_class,
         })
     }
+}
+
+fn parsed<T: FromStr<Err = anyhow::Error>>(list: Option<Vec<String>>) -> Result<Vec<T>> {
+    list.iter().flatten().map(|text| text.parse()).collect()
 }
 
 /// A taint of nodes, as `kubectl taint` writes it: `KEY[=VALUE]:EFFECT`.

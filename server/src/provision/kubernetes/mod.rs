@@ -10,6 +10,7 @@ mod config;
 mod image;
 mod observation;
 mod pod;
+mod registry;
 pub mod rights;
 mod watch;
 
@@ -35,6 +36,7 @@ use tower::util::MapRequestLayer;
 use super::{PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage};
 pub use config::{Config, DEFAULT_IMAGE, Settings};
 use image::Images;
+pub use registry::Authority;
 use watch::Seen;
 
 /// Seconds a pod's processes have to end by themselves. The host kills what is left before.
@@ -82,7 +84,7 @@ impl Kubernetes {
         let mut watching = JoinSet::new();
         watching.spawn(watch::pods(pods.clone(), Arc::clone(&seen), changes.clone()));
         watching.spawn(watch::events(Api::namespaced(client.clone(), &config.namespace), Arc::clone(&seen), changes));
-        let images = Images::new(client.clone(), &config);
+        let images = Images::new(client.clone(), &config)?;
         Ok(Self { client, pods, config, authorities, seen, images, _watching: watching })
     }
 
@@ -148,7 +150,7 @@ pub async fn check(config: &Config) -> Result<()> {
             println!("ok       the right to {right}");
         }
     }
-    match Images::new(client, config).resolve(&config.agent_image).await {
+    match Images::new(client, config)?.resolve(&config.agent_image).await {
         Ok(image) => println!("ok       the agent's image, {}", image.pinned),
         // Its nodes may have it all the same.
         Err(error) => println!("unknown  {error}"),

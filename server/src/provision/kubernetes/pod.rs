@@ -281,6 +281,7 @@ mod tests {
             agent_ca: None,
             pull_secrets: vec!["registry".to_owned()],
             plain_http_registries: Vec::new(),
+            private_registries: Vec::new(),
             agent_udp: true,
             node_selector: BTreeMap::new(),
             tolerations: vec!["gpu:NoSchedule".parse().unwrap()],

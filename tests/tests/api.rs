@@ -105,6 +105,8 @@ fn bad_requests_are_refused_with_a_code_and_change_nothing() -> Result<()> {
         (r#"{"image":"python:3"}"#, 422, "image_unavailable"),
         (r#"{"branch":"main"}"#, 400, "invalid_request"),
         (r#"{"repo":"ssh://host/x"}"#, 400, "invalid_request"),
+        (r#"{"repo":"https://ada:s3cret@host/x"}"#, 400, "invalid_request"),
+        (r#"{"repo":"https://ada%40host/x"}"#, 400, "invalid_request"),
         (r#"{"command":[]}"#, 400, "invalid_request"),
         (r#"{"env":{"A=B":"c"}}"#, 400, "invalid_request"),
         (r#"{"env":{"A":"\u0000"}}"#, 400, "invalid_request"),

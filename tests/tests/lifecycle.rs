@@ -131,6 +131,7 @@ fn nonsense_is_refused_with_a_reason_and_changes_nothing() -> Result<()> {
         (&["new", "--no-attach", "--name", "Not_a_label"], 1, "name"),
         (&["new", "--no-attach", "--repo", "--upload-pack=x"], 2, "repo"),
         (&["new", "--no-attach", "--repo", "ext::sh -c id"], 1, "repo"),
+        (&["new", "--no-attach", "--repo", "https://ada:s3cret@host/x"], 1, "-e git_token"),
         (&["new", "--no-attach", "--branch", "main"], 2, "repo"),
         (&["new", "--no-attach", "-e", "1=2"], 1, "env"),
         (&["attach", "nobody"], 5, "no weaver"),

@@ -6,6 +6,7 @@
 pub mod events;
 pub mod login;
 pub mod logs;
+mod repository;
 pub mod tunnels;
 pub mod weavers;
 

@@ -12,7 +12,7 @@ use loom_api::{
 };
 use serde::Deserialize;
 
-use super::{Body, is_dns_label};
+use super::{Body, is_dns_label, repository};
 use crate::{
     agents::Hub,
     app::AppState,
@@ -31,7 +31,7 @@ const LONGEST_KEY: usize = 200;
 const LONGEST_COMMAND: usize = 64 << 10;
 const LONGEST_ENV: usize = 128 << 10;
 /// The longest image name and repository URL.
-const LONGEST_NAME: usize = 2048;
+pub(super) const MAX_NAME: usize = 2048;
 
 fn invalid(message: impl Into<String>) -> Problem {
     Problem::new(ErrorCode::InvalidRequest, message)
@@ -111,7 +111,7 @@ fn plan(app: &AppState, caller: &UserCaller, request: CreateWeaver) -> Answer<Ne
     }
     let image = request.image.unwrap_or_else(|| app.config.default_image.clone());
     check_image(app, &image)?;
-    check_repository(request.repo.as_deref(), request.branch.as_deref())?;
+    repository::check(request.repo.as_deref(), request.branch.as_deref())?;
     check_command(request.command.as_deref())?;
     let env = check_env(&request.env)?;
     let resources = request.resources.unwrap_or(app.config.resources);
@@ -163,7 +163,7 @@ fn check_image(app: &AppState, image: &str) -> Answer<()> {
     };
     let path = reference.rsplit_once('/').map_or(reference, |(_, last)| last);
     let lower = path.split_once(':').map_or(path, |(name, _)| name);
-    let good = image.len() <= LONGEST_NAME
+    let good = image.len() <= MAX_NAME
         && reference.split('/').all(good_part)
         && !lower.bytes().any(|byte| byte.is_ascii_uppercase())
         && image.split_once('@').is_none_or(|(_, digest)| {
@@ -182,24 +182,6 @@ fn check_image(app: &AppState, image: &str) -> Answer<()> {
         Problem::new(ErrorCode::ImageUnavailable, reason)
             .hint("leave --image out, or use a server with the Kubernetes backend")
     })
-}
-
-fn check_repository(repo: Option<&str>, branch: Option<&str>) -> Answer<()> {
-    let Some(repo) = repo else {
-        return if branch.is_some() { Err(invalid("a branch needs a repo")) } else { Ok(()) };
-    };
-    let schemes = ["https://", "http://", "git://", "file://"];
-    let plain = |text: &str| {
-        !text.is_empty() && text.len() <= LONGEST_NAME && !text.chars().any(|c| c.is_control() || c == ' ')
-    };
-    if !plain(repo) || !schemes.iter().any(|scheme| repo.starts_with(scheme)) {
-        return Err(invalid("the repo must be an https://, http://, git:// or file:// URL")
-            .hint("credentials for private repositories are not passed on yet"));
-    }
-    if branch.is_some_and(|branch| !plain(branch) || branch.starts_with('-')) {
-        return Err(invalid("the branch is not a branch's name"));
-    }
-    Ok(())
 }
 
 fn check_command(command: Option<&[String]>) -> Answer<()> {

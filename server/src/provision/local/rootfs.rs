@@ -18,7 +18,11 @@ use rustix::{
 use super::namespaces::INNER_ID;
 
 /// System directories, as far as the machine has them: programs and their libraries and settings, nobody's data.
-const SYSTEM: [&str; 10] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "etc", "opt", "nix"];
+const SYSTEM: [&str; 9] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "opt", "nix"];
+/// Where the machine's `/etc` is shown.
+const MACHINE_ETC: &str = "loom/etc";
+/// The files in `/etc` that are the weaver's own.
+const ACCOUNTS: [&str; 2] = ["passwd", "group"];
 /// Devices that harm nobody.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 /// The weaver's own directories: where they are kept, and where they appear.
@@ -42,6 +46,7 @@ pub(super) fn enter(own_processes: bool) -> Result<()> {
     let root = Path::new("root");
     mount("tmpfs", root, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755,size=16m").context("the root")?;
     system_directories(root)?;
+    settings(root)?;
     for (directory, options) in TEMPORARY {
         let at = root.join(directory);
         fs::create_dir_all(&at)?;
@@ -57,7 +62,6 @@ pub(super) fn enter(own_processes: bool) -> Result<()> {
     devices(root)?;
     processes(root, own_processes)?;
     bind_read_only("bin", &root.join("loom/bin"))?;
-    account(root)?;
     switch_to(root)
 }
 
@@ -73,6 +77,41 @@ fn system_directories(root: &Path) -> Result<()> {
     }
     fs::create_dir_all(root.join("var/lib"))?;
     symlink("../run", root.join("var/run")).context("/var/run")
+}
+
+/// An `/etc` of the weaver's own that shows the machine's. Nothing is mounted over a file of the machine's, because such
+/// a mount goes when the machine replaces the file (rename(2)).
+fn settings(root: &Path) -> Result<()> {
+    let etc = root.join("etc");
+    fs::create_dir(&etc)?;
+    bind_read_only("/etc", &root.join(MACHINE_ETC))?;
+    for entry in fs::read_dir("/etc").context("reading /etc")? {
+        let entry = entry?;
+        let (kind, at) = (entry.file_type()?, etc.join(entry.file_name()));
+        if ACCOUNTS.iter().any(|name| entry.file_name() == *name) {
+            continue;
+        } else if kind.is_symlink() {
+            symlink(fs::read_link(entry.path())?, &at)?;
+        } else if kind.is_dir() {
+            bind_read_only(entry.path(), &at)?;
+        } else if kind.is_file() {
+            // A link, so that what the machine changes later is seen.
+            symlink(Path::new("..").join(MACHINE_ETC).join(entry.file_name()), &at)?;
+        }
+    }
+    accounts(&etc)
+}
+
+/// Programs ask for the name and home of uid 1000.
+fn accounts(etc: &Path) -> Result<()> {
+    let shell = if Path::new("/bin/bash").exists() { "/bin/bash" } else { "/bin/sh" };
+    let passwd = format!(
+        "root:x:0:0:root:/root:/usr/sbin/nologin\nloom:x:{INNER_ID}:{INNER_ID}:Loom:/home/loom:{shell}\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
+    );
+    let group = format!("root:x:0:\nloom:x:{INNER_ID}:\nnogroup:x:65534:\n");
+    let [passwd_name, group_name] = ACCOUNTS;
+    fs::write(etc.join(passwd_name), passwd)?;
+    Ok(fs::write(etc.join(group_name), group)?)
 }
 
 fn devices(root: &Path) -> Result<()> {
@@ -111,30 +150,6 @@ fn processes(root: &Path, own: bool) -> Result<()> {
     // Inside another container the kernel may refuse a new one, as long as the container's own hides parts of itself.
     if !own || mount("proc", &at, "proc", flags, c"").is_err() {
         mount_bind_recursive("/proc", &at).context("/proc")?;
-    }
-    Ok(())
-}
-
-/// A user's entry of our own over the machine's: programs ask for the name and home of uid 1000.
-fn account(root: &Path) -> Result<()> {
-    let shell = if Path::new("/bin/bash").exists() { "/bin/bash" } else { "/bin/sh" };
-    let accounts = [
-        (
-            "passwd",
-            format!(
-                "root:x:0:0:root:/root:/usr/sbin/nologin\nloom:x:{INNER_ID}:{INNER_ID}:Loom:/home/loom:{shell}\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
-            ),
-        ),
-        ("group", format!("root:x:0:\nloom:x:{INNER_ID}:\nnogroup:x:65534:\n")),
-    ];
-    for (name, text) in accounts {
-        let at = root.join("etc").join(name);
-        if !at.exists() {
-            continue;
-        }
-        let kept = root.join("loom").join(name);
-        fs::write(&kept, text)?;
-        mount_bind(&kept, &at).with_context(|| format!("/etc/{name}"))?;
     }
     Ok(())
 }

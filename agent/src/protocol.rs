@@ -30,6 +30,7 @@
 //! [`HostClient`] is the client's side in full; [`FrameCodec`] and the types here are what both sides share.
 
 mod client;
+mod connect;
 mod frame;
 
 use std::{
@@ -65,10 +66,13 @@ pub const STDIN_WINDOW: usize = 256 << 10;
 /// How long the host outlives the main program, at most: the time a sidecar has to take its last words.
 pub const LINGER: Duration = Duration::from_secs(3);
 
+/// The socket's name in the run directory.
+const SOCKET: &str = "host.sock";
+
 /// Where the host listens.
 #[must_use]
 pub fn socket_path(run_dir: &Path) -> PathBuf {
-    run_dir.join("host.sock")
+    run_dir.join(SOCKET)
 }
 
 /// The first message on a connection: what the client wants.

@@ -29,6 +29,8 @@ use russh::keys::{
 };
 use zeroize::Zeroizing;
 
+use crate::fault;
+
 /// Before a host certificate is valid, and after the weaver's end that it stays so: clocks differ.
 const CERTIFICATE_SLACK: Duration = Duration::from_secs(3600);
 
@@ -53,9 +55,14 @@ impl Secrets {
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let secret = Zeroizing::new(random::<32>().to_vec());
-                let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+                // Whole or not at all: without it, or with half of it, no later start would succeed.
+                let temporary = path.with_extension("new");
+                let _ = fs::remove_file(&temporary);
+                let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
                 file.write_all(&secret)?;
                 file.sync_all()?;
+                fault::point("secret-written");
+                fs::rename(&temporary, path).with_context(|| format!("making {}", path.display()))?;
                 secret
             }
             Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),

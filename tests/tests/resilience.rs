@@ -1,9 +1,13 @@
 //! What dies and what goes on: a killed server, a killed agent, under live sessions.
 
-use std::{process::Stdio, time::Duration};
+use std::{fs, process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result};
-use loom_tests::{System, eventually, system::PATIENCE, terminal::Terminal};
+use loom_tests::{
+    System, eventually,
+    system::{BACKEND, PATIENCE},
+    terminal::Terminal,
+};
 
 #[test]
 fn a_killed_server_breaks_neither_ssh_nor_attach() -> Result<()> {
@@ -106,12 +110,14 @@ fn revive(system: &mut System) -> Result<()> {
 
 #[test]
 fn a_server_killed_between_any_two_writes_of_a_start_makes_one_weaver() -> Result<()> {
-    for point in ["weaver-recorded", "image-pinned", "pod-made"] {
+    let on_kubernetes = std::env::var(BACKEND).is_ok_and(|backend| backend == "kubernetes");
+    let of_the_backend = if on_kubernetes {
+        &["image-pinned"][..]
+    } else {
+        &["directory-prepared", "directory-made", "supervisor-started"]
+    };
+    for point in [&["weaver-recorded"], of_the_backend, &["pod-made"]].concat() {
         let mut system = start_with_fault(point)?;
-        let on_kubernetes = system.namespace().is_some();
-        if point == "image-pinned" && !on_kubernetes {
-            continue; // the local backend has no images
-        }
         // Its client goes on through the server's death, with the same key.
         let mut creating = system
             .loom(&["new", "--no-attach", "--name", "one"])
@@ -150,6 +156,24 @@ fn a_server_killed_between_any_two_writes_of_an_end_leaves_nothing() -> Result<(
         assert_eq!(system.json(&["ps", "--json"])?, serde_json::json!([]), "{point}");
         let code = system.output(&["exec", &weaver.id, "--", "true"])?.status.code();
         assert_eq!(code, Some(255), "{point}: nobody comes in any more");
+        system.stop().with_context(|| format!("at {point}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_server_killed_during_its_first_start_starts_again() -> Result<()> {
+    for point in ["secret-written"] {
+        let mut system = System::start_logged_out(&[])?;
+        system.stop_server()?;
+        fs::remove_dir_all(system.path("data"))?;
+        system.set("LOOM_SERVER_FAULT", point);
+        assert!(system.start_server().is_err(), "the server did not die at {point}");
+        system.set("LOOM_SERVER_FAULT", "");
+        system.start_server().with_context(|| format!("at {point}"))?;
+        system.login_with_token().with_context(|| format!("at {point}"))?;
+        let weaver = system.new_weaver(&[])?;
+        assert_eq!(system.run(&["exec", &weaver.id, "--", "echo", "in"])?, "in\n");
         system.stop().with_context(|| format!("at {point}"))?;
     }
     Ok(())

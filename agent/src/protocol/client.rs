@@ -23,7 +23,7 @@ use tokio_util::codec::{FramedRead, FramedWrite};
 
 use super::{
     ExecRequest, ExitStatus, Failure, Frame, FrameCodec, FrameKind, HostState, MAX_FRAME, MAX_LARGE_FRAME, Reply,
-    Request, STDIN_WINDOW, StartRequest, WindowSize, read_message, socket_path, write_message,
+    Request, STDIN_WINDOW, StartRequest, WindowSize, connect, read_message, socket_path, write_message,
 };
 use crate::passing;
 
@@ -35,7 +35,8 @@ const CONNECT_RETRY: Duration = Duration::from_millis(20);
 /// Why an operation on the host failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// Nobody listens on the socket: the host has not started yet, or is gone.
+    /// Nobody listens on the socket, or it is not the host's: the host has not started yet, is gone, or something else
+    /// stands in its place.
     #[error("the process host does not answer at {}: {source}", path.display())]
     Unreachable {
         /// The socket.
@@ -60,14 +61,22 @@ pub enum HostError {
 /// A client of the host in one run directory. Cheap to clone; each call is a connection of its own.
 #[derive(Debug, Clone)]
 pub struct HostClient {
-    socket: Arc<Path>,
+    run_dir: Arc<Path>,
+    host_pid: Option<i32>,
 }
 
 impl HostClient {
     /// A client of the host whose socket is in `run_dir`. Connects to nothing yet.
     #[must_use]
     pub fn new(run_dir: impl AsRef<Path>) -> Self {
-        Self { socket: socket_path(run_dir.as_ref()).into() }
+        Self { run_dir: run_dir.as_ref().into(), host_pid: None }
+    }
+
+    /// Accepts only this process, seen from the client's PID namespace, as the host. Without it any process of the
+    /// client's user is accepted.
+    #[must_use]
+    pub fn expecting(self, host_pid: Option<i32>) -> Self {
+        Self { host_pid, ..self }
     }
 
     /// Starts the main program, unless it was started before.
@@ -179,13 +188,13 @@ impl HostClient {
     async fn connect(&self) -> Result<UnixStream, HostError> {
         let give_up = Instant::now() + CONNECT_PATIENCE;
         loop {
-            let source = match UnixStream::connect(&self.socket).await {
+            let source = match connect::connect(&self.run_dir, self.host_pid).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => error,
             };
             let absent = matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
             if !absent || Instant::now() >= give_up {
-                return Err(HostError::Unreachable { path: self.socket.to_path_buf(), source });
+                return Err(HostError::Unreachable { path: socket_path(&self.run_dir), source });
             }
             tokio::time::sleep(CONNECT_RETRY).await;
         }

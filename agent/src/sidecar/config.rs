@@ -11,12 +11,13 @@ use anyhow::{Context as _, bail, ensure};
 use loom_api::{WeaverId, client::Client};
 
 /// The variables that there are; another one that begins like them is a mistake.
-const KNOWN: [&str; 8] = [
+const KNOWN: [&str; 9] = [
     "LOOM_WEAVER_ID",
     "LOOM_SERVER_URL",
     "LOOM_SERVER_CA",
     "LOOM_CREDENTIAL_FILE",
     "LOOM_RUN_DIR",
+    "LOOM_HOST_PID",
     "LOOM_WORKSPACE_DIR",
     "LOOM_UDP_BIND",
     "LOOM_ALLOW_FILE_CLONE",
@@ -32,6 +33,8 @@ pub(crate) struct Config {
     pub(crate) credential_file: PathBuf,
     /// The directory of the host's socket.
     pub(crate) run_dir: PathBuf,
+    /// The host's process, where the sidecar can see it.
+    pub(crate) host_pid: Option<i32>,
     /// The workspace as the sidecar sees it.
     pub(crate) workspace_dir: PathBuf,
     /// Local addresses for UDP; none is a weaver that is reached over the relay only.
@@ -67,6 +70,7 @@ impl Config {
                 .context("LOOM_SERVER_URL")?,
             credential_file: need("LOOM_CREDENTIAL_FILE")?.into(),
             run_dir: need("LOOM_RUN_DIR")?.into(),
+            host_pid: get("LOOM_HOST_PID").map(str::parse).transpose().context("LOOM_HOST_PID")?,
             workspace_dir: need("LOOM_WORKSPACE_DIR")?.into(),
             udp: udp_addresses(get("LOOM_UDP_BIND"))?,
             allow_file_clone: match get("LOOM_ALLOW_FILE_CLONE") {

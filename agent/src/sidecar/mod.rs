@@ -119,7 +119,7 @@ async fn live(config: Config) -> anyhow::Result<()> {
     let sidecar = Arc::new(Sidecar {
         client: Mutex::new(identity::client(&config, &registered)),
         ssh: Mutex::new(ssh::config(&identity.ssh, &registered.ssh_certificate)),
-        host: HostClient::new(&config.run_dir),
+        host: HostClient::new(&config.run_dir).expecting(config.host_pid),
         grants: Grants::new(tunnel.clone()),
         tunnel,
         outbox,

@@ -20,7 +20,8 @@ pub struct Settings {
     /// The network of a weaver's processes. [default: isolated]
     #[arg(long, env = "LOOM_SERVER_LOCAL_NETWORK", value_enum, global = true)]
     local_network: Option<Network>,
-    /// When root runs the server: the unprivileged user and group that weavers run as. [default: 61184]
+    /// When root runs the server: the first of 4096 users and groups that weavers run as, each weaver as one of its own.
+    /// [default: 61184]
     #[arg(long, env = "LOOM_SERVER_LOCAL_UID", value_name = "UID", global = true)]
     local_uid: Option<u32>,
 }
@@ -46,7 +47,7 @@ pub struct Config {
     pub image: String,
     /// The network of a weaver's processes.
     pub network: Network,
-    /// The user and group that weavers run as when root runs the server.
+    /// The first user and group that weavers run as when root runs the server.
     pub uid: u32,
     /// Whether agents use UDP, or the relay only.
     pub agent_udp: bool,

@@ -1,6 +1,6 @@
 //! The local backend: each weaver is an isolated process tree on this machine. For development, on loopback.
 //!
-//! A weaver has a directory, and a supervisor process ([`supervisor`]) that outlives the server:
+//! A weaver has a directory ([`directory`]), and a supervisor process ([`supervisor`]) that outlives the server:
 //!
 //! ```text
 //! weavers/<uuid>/
@@ -14,8 +14,11 @@
 //! The supervisor starts the sidecar in the machine's namespaces, and the host in namespaces of the weaver's own
 //! ([`namespaces`]) over a root file system of read-only system directories ([`rootfs`]). A server that comes back
 //! finds a supervisor by its lock, and watches it through a pidfd.
+//!
+//! When the server is root, each weaver runs as a user of its own, who cannot pass into another weaver's directory.
 
 mod config;
+mod directory;
 mod namespaces;
 mod rootfs;
 pub mod supervisor;
@@ -23,18 +26,14 @@ pub mod supervisor;
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::{ErrorKind, Read as _, Write as _},
-    os::{
-        fd::OwnedFd,
-        unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
-    },
-    path::{Path, PathBuf},
-    process::Stdio,
+    io::{ErrorKind, Read as _},
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use async_trait::async_trait;
 use loom_api::{Secret, WeaverId};
 use rustix::{
@@ -45,8 +44,9 @@ use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq as _;
 use tokio::{io::unix::AsyncFd, process::Command, sync::mpsc, time::timeout};
 
+use self::directory::{Directories, New};
 use super::{PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner, ResolvedImage};
-use crate::secrets::new_token;
+use crate::fault;
 pub use config::{Config, DEFAULT_IMAGE, Network, Settings};
 
 /// How long a supervisor may take to end what it runs before it is killed.
@@ -57,7 +57,7 @@ const GRACE: Duration = Duration::from_secs(12);
 struct LocalSpec {
     weaver: WeaverId,
     server_url: String,
-    /// The user and group that the processes run as, when the server is root.
+    /// The user and group that the processes run as, and no other weaver's, when the server is root.
     uid: Option<u32>,
     isolated_network: bool,
     udp: bool,
@@ -77,11 +77,9 @@ enum LocalStatus {
 
 /// The local backend.
 pub struct Local {
-    directory: PathBuf,
+    directories: Arc<Directories>,
     server_url: String,
-    agent: PathBuf,
     image: String,
-    uid: Option<u32>,
     isolated_network: bool,
     udp: bool,
     warnings: Vec<String>,
@@ -97,8 +95,8 @@ impl Local {
     ///
     /// When its directory cannot be made.
     pub async fn start(config: &Config, server_url: String, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
-        make_directory(&config.directory, 0o711)?;
-        let uid = rustix::process::geteuid().is_root().then_some(config.uid);
+        let first_uid = rustix::process::geteuid().is_root().then_some(config.uid);
+        let directories = Directories::open(config.directory.clone(), config.agent.clone(), first_uid)?;
         let mut warnings = namespaces::probe().await?;
         warnings.push("limits of CPU and memory are not enforced".to_owned());
         let isolated_network = config.network == Network::Isolated;
@@ -108,72 +106,26 @@ impl Local {
             warnings.push("the weaver's processes share this machine's network".to_owned());
         }
         let local = Self {
-            directory: config.directory.clone(),
+            directories: Arc::new(directories),
             server_url,
-            agent: config.agent.clone(),
             image: config.image.clone(),
-            uid,
             isolated_network,
             udp: config.agent_udp,
             warnings,
             changes,
             watched: Arc::default(),
         };
-        for weaver in local.list().await? {
-            local.watch(weaver)?;
+        for weaver in local.directories.list()? {
+            // The reconciler looks at each of them, too.
+            if let Err(error) = local.watch(weaver) {
+                tracing::warn!(%weaver, "not watched yet: {error:#}");
+            }
         }
         Ok(local)
     }
 
-    fn weaver_directory(&self, weaver: WeaverId) -> PathBuf {
-        self.directory.join(weaver.uuid().to_string())
-    }
-
-    /// Makes the directory of a weaver. What is there already, after a crash in the middle, is made anew.
-    fn prepare(&self, spec: &PodSpec) -> Result<PathBuf> {
-        let directory = self.weaver_directory(spec.weaver);
-        make_directory(&directory, 0o711)?;
-        for (name, mode) in
-            [("sidecar", 0o700), ("run", 0o700), ("workspace", 0o755), ("home", 0o755), ("bin", 0o755), ("root", 0o755)]
-        {
-            make_directory(&directory.join(name), mode)?;
-            self.give_away(&directory.join(name))?;
-        }
-        let agent = directory.join("bin/loom-agent");
-        let _ = fs::remove_file(&agent);
-        // A link costs nothing, and stays what it is when the binary is replaced by an upgrade.
-        if fs::hard_link(&self.agent, &agent).is_err() {
-            fs::copy(&self.agent, &agent).context("copying the agent")?;
-        }
-        self.rotate_token(&directory)?;
-        let local = LocalSpec {
-            weaver: spec.weaver,
-            server_url: self.server_url.clone(),
-            uid: self.uid,
-            isolated_network: self.isolated_network,
-            udp: self.udp,
-        };
-        write_atomically(&directory.join("spec.json"), &serde_json::to_vec(&local)?, 0o644)?;
-        Ok(directory)
-    }
-
-    /// Gives a file to the user that weavers run as.
-    fn give_away(&self, path: &Path) -> Result<()> {
-        if let Some(uid) = self.uid {
-            std::os::unix::fs::lchown(path, Some(uid), Some(uid))
-                .with_context(|| format!("giving {} away", path.display()))?;
-        }
-        Ok(())
-    }
-
-    fn rotate_token(&self, directory: &Path) -> Result<()> {
-        let path = directory.join("sidecar/token");
-        write_atomically(&path, new_token().expose().as_bytes(), 0o600)?;
-        self.give_away(&path)
-    }
-
     /// Starts the supervisor. It is in a session of its own and is not waited for: the server may end before it.
-    async fn spawn(&self, directory: &Path) -> Result<()> {
+    async fn spawn(&self, New { directory, lock }: New) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join("pod.log"))?;
         // Ourselves, also when another version stands at our path by now.
         let mut child = Command::new("/proc/self/exe")
@@ -181,12 +133,13 @@ impl Local {
             .args(["local-pod", &directory.to_string_lossy()])
             .env_clear()
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .stdin(Stdio::null())
+            .stdin(lock)
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
             .context("starting a supervisor")?;
-        // The child goes on in a grandchild that has left our session, once that holds the lock.
+        fault::point("supervisor-started");
+        // The child goes on in a grandchild that has left our session, once the lock file names that.
         let status = child.wait().await?;
         if !status.success() {
             bail!("the supervisor did not start ({status}); {} says why", directory.join("pod.log").display());
@@ -200,7 +153,7 @@ impl Local {
         if watched.get(&weaver).is_some_and(|task| !task.is_finished()) {
             return Ok(());
         }
-        let Some(supervisor) = Supervisor::find(&self.weaver_directory(weaver))? else { return Ok(()) };
+        let Some(supervisor) = Supervisor::find(&self.directories.path(weaver))? else { return Ok(()) };
         let changes = self.changes.clone();
         let task = tokio::spawn(async move {
             if supervisor.ended().await.is_ok() {
@@ -253,28 +206,35 @@ impl Provisioner for Local {
     }
 
     async fn ensure(&self, spec: &PodSpec) -> Result<(), ProvisionError> {
-        let directory = self.weaver_directory(spec.weaver);
+        let directory = self.directories.path(spec.weaver);
         if directory.join("status.json").exists() || Supervisor::find(&directory)?.is_some() {
             return Ok(self.watch(spec.weaver)?);
         }
-        self.prepare(spec)?;
-        self.spawn(&directory).await?;
+        let new = self.directories.make(spec.weaver, |uid| LocalSpec {
+            weaver: spec.weaver,
+            server_url: self.server_url.clone(),
+            uid,
+            isolated_network: self.isolated_network,
+            udp: self.udp,
+        })?;
+        self.spawn(new).await?;
         Ok(self.watch(spec.weaver)?)
     }
 
     async fn remove(&self, weaver: WeaverId) -> Result<bool, ProvisionError> {
-        let directory = self.weaver_directory(weaver);
+        let directory = self.directories.path(weaver);
         self.end_supervisor(&directory).await?;
         if let Some(task) = self.watched.lock().unwrap_or_else(PoisonError::into_inner).remove(&weaver) {
             task.abort();
         }
-        let removed = tokio::task::spawn_blocking(move || remove_tree(&directory)).await;
+        let directories = Arc::clone(&self.directories);
+        let removed = tokio::task::spawn_blocking(move || directories.remove(weaver)).await;
         removed.context("removing a directory")??;
         Ok(true)
     }
 
     async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError> {
-        let directory = self.weaver_directory(weaver);
+        let directory = self.directories.path(weaver);
         if !directory.exists() {
             return Ok(None);
         }
@@ -296,22 +256,16 @@ impl Provisioner for Local {
     }
 
     async fn list(&self) -> Result<Vec<WeaverId>, ProvisionError> {
-        let entries = fs::read_dir(&self.directory).context("listing the weavers' directories")?;
-        Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+        Ok(self.directories.list()?)
     }
 
     async fn verify_credential(&self, weaver: WeaverId, credential: &Secret) -> Result<bool, ProvisionError> {
-        let directory = self.weaver_directory(weaver);
-        let expected = match fs::read_to_string(directory.join("sidecar/token")) {
-            Ok(token) => Secret::from(token),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
-            Err(error) => return Err(anyhow::Error::from(error).context("reading a credential").into()),
-        };
+        let Some(expected) = self.directories.token(weaver)? else { return Ok(false) };
         if !bool::from(expected.expose().as_bytes().ct_eq(credential.expose().as_bytes())) {
             return Ok(false);
         }
         // The next one is there before this one has done its work: a sidecar that dies now finds it.
-        self.rotate_token(&directory)?;
+        self.directories.rotate_token(weaver)?;
         Ok(true)
     }
 }
@@ -340,6 +294,8 @@ impl Supervisor {
         }
         let mut text = String::new();
         lock.read_to_string(&mut text)?;
+        // A server that has died since may have started it an instant ago.
+        ensure!(!text.is_empty(), "its supervisor is being started");
         let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else { return Ok(None) };
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::NONBLOCK) else { return Ok(None) };
         Ok(if held(&lock)? { Some(Self { pidfd: namespaces::register(pidfd)? }) } else { None })
@@ -363,46 +319,6 @@ fn read_status(directory: &Path) -> Result<Option<LocalStatus>> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).context("reading a supervisor's status"),
     }
-}
-
-fn make_directory(path: &Path, mode: u32) -> Result<()> {
-    match fs::DirBuilder::new().mode(mode).create(path) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-            Err(error).with_context(|| format!("making {}", path.display()))
-        }
-        // The mode again, because the process's mask took bits away, or it was there with another.
-        _ => Ok(fs::set_permissions(path, fs::Permissions::from_mode(mode))?),
-    }
-}
-
-/// Writes a file so that whoever reads it sees the old content or the new one.
-fn write_atomically(path: &Path, content: &[u8], mode: u32) -> Result<()> {
-    let temporary = path.with_extension("new");
-    let _ = fs::remove_file(&temporary);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-    file.write_all(content)?;
-    drop(file);
-    fs::rename(&temporary, path).with_context(|| format!("writing {}", path.display()))
-}
-
-/// Removes a directory and all in it, also directories that their owner has made read-only. Links are removed, not
-/// followed.
-fn remove_tree(directory: &Path) -> Result<()> {
-    let again = |error: std::io::Error| -> Result<()> {
-        if error.kind() == ErrorKind::NotFound {
-            return Ok(());
-        }
-        let mut pending = vec![directory.to_owned()];
-        while let Some(path) = pending.pop() {
-            let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o700));
-            let children = fs::read_dir(&path).into_iter().flatten().flatten();
-            pending.extend(
-                children.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()),
-            );
-        }
-        fs::remove_dir_all(directory).with_context(|| format!("removing {}", directory.display()))
-    };
-    fs::remove_dir_all(directory).or_else(again)
 }
 
 /// `loom-server local-init`: the stage that makes a weaver's namespaces; its exit code is the host's.

@@ -36,8 +36,6 @@ use super::{LocalSpec, rootfs};
 pub(super) const NEEDS_MAPPING: u8 = b'm';
 /// The first word of the stage: this machine allows no user namespace, so nothing is isolated.
 pub(super) const NOT_ISOLATED: u8 = b'n';
-/// The second word of the stage: the weaver's root stands, and the host starts now.
-const STARTING: u8 = b's';
 
 /// The user and group of a weaver's processes, as they see themselves.
 pub(super) const INNER_ID: u32 = 1000;
@@ -95,7 +93,8 @@ pub(crate) fn init(probe: bool) -> Result<i32> {
         rustix::system::sethostname(spec.weaver.pod_name().as_bytes()).context("the weaver's host name")?;
     }
     let Some(child) = fork()? else { return host(&spec, &namespaces) };
-    stdout.write_all(&[STARTING])?;
+    // The second word: the host's pid.
+    stdout.write_all(&child.as_raw_pid().to_ne_bytes())?;
     stdout.flush()?;
     wait_and_forward(child)
 }

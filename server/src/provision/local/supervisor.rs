@@ -1,7 +1,7 @@
 //! The process that stands for a weaver's pod: it runs the sidecar and the host, and outlives the server.
 //!
-//! `loom-server local-pod DIR` forks, and the child goes on in a session of its own once it holds `DIR/lock`; the
-//! parent ends then. The supervisor works from inside `DIR` by relative names, because the unprivileged user that the
+//! `loom-server local-pod DIR` inherits `DIR/lock`, locked, as its standard input. It forks, and the child goes on in a
+//! session of its own once the file holds its pid; the parent ends then. The supervisor works from inside `DIR` by relative names, because the unprivileged user that the
 //! processes run as need not be able to reach it from the root. It ends when the host has ended, after the sidecar had
 //! time for its last words. Both children die with it (`PR_SET_PDEATHSIG`), and with the host, which is PID 1 of its
 //! namespace, everything the user started.
@@ -9,17 +9,13 @@
 use std::{
     fs::{self, File},
     io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
     path::Path,
     process::Stdio,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use rustix::{
-    fs::{FlockOperation, flock},
-    process::{Pid, Signal, kill_process},
-};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     process::{Child, Command},
@@ -27,7 +23,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{LocalSpec, LocalStatus, namespaces, write_atomically};
+use super::{LocalSpec, LocalStatus, directory::write_atomically, namespaces};
 
 /// How long the host may take after it was asked to end.
 const HOST_GRACE: Duration = Duration::from_secs(5);
@@ -56,20 +52,13 @@ pub fn run(directory: &Path) -> Result<()> {
     }
     drop(ready);
     rustix::process::setsid().context("a session")?;
-    let mut lock = fs::OpenOptions::new().create(true).write(true).truncate(false).mode(0o644).open("lock")?;
-    let first = flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
-    if first {
-        lock.set_len(0)?;
-        write!(lock, "{}", std::process::id())?;
-    }
+    let mut lock = File::from(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
+    let unused = File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&unused)?;
+    write!(lock, "{}", std::process::id()).context("the lock")?;
     rustix::io::write(&report, &[1])?;
     drop(report);
-    // Another supervisor stands already: the same as success.
-    if first {
-        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(supervise(lock))
-    } else {
-        Ok(())
-    }
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(supervise(lock))
 }
 
 async fn supervise(lock: File) -> Result<()> {
@@ -86,9 +75,9 @@ async fn supervise(lock: File) -> Result<()> {
 /// Runs the pod to its end; the host's exit code.
 async fn run_pod(spec: &LocalSpec) -> Result<i32> {
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut host = start_host(spec).await?;
+    let (mut host, host_pid) = start_host(spec).await?;
     write_status(&LocalStatus::Running)?;
-    let mut sidecar = Some(start_sidecar(spec)?);
+    let mut sidecar = Some(start_sidecar(spec, host_pid)?);
     let mut back_off = BACK_OFF;
     let mut started = tokio::time::Instant::now();
     let code = loop {
@@ -103,7 +92,7 @@ async fn run_pod(spec: &LocalSpec) -> Result<i32> {
                 let lived_long = started.elapsed() > Duration::from_secs(60);
                 back_off = if lived_long { BACK_OFF } else { (back_off * 2).min(MOST_BACK_OFF) };
                 started = tokio::time::Instant::now();
-                sidecar = Some(start_sidecar(spec)?);
+                sidecar = Some(start_sidecar(spec, host_pid)?);
             }
         }
     };
@@ -148,7 +137,8 @@ fn exit_code(status: std::process::ExitStatus) -> i32 {
 }
 
 /// Starts the stage that makes the namespaces, writes its user mapping from out here, and lets it go on to the host.
-async fn start_host(spec: &LocalSpec) -> Result<Child> {
+/// Gives the stage, which waits for the host, and the host's pid as it is seen here.
+async fn start_host(spec: &LocalSpec) -> Result<(Child, i32)> {
     let mut command = Command::new("/proc/self/exe");
     command.arg("local-init").env_clear().stdin(Stdio::piped()).stdout(Stdio::piped());
     namespaces::die_with_parent(&mut command);
@@ -165,12 +155,13 @@ async fn start_host(spec: &LocalSpec) -> Result<Child> {
         other => bail!("the weaver's first process said {other}"),
     }
     stdin.write_all(&[1]).await?;
-    stdout.read_exact(&mut state).await.context("the weaver's root could not be made; pod.log says why")?;
-    Ok(child)
+    let mut host_pid = [0; 4];
+    stdout.read_exact(&mut host_pid).await.context("the weaver's root could not be made; pod.log says why")?;
+    Ok((child, i32::from_ne_bytes(host_pid)))
 }
 
 /// Starts the sidecar: in the machine's namespaces, as the weaver's user, with the credentials' directory.
-fn start_sidecar(spec: &LocalSpec) -> Result<Child> {
+fn start_sidecar(spec: &LocalSpec, host_pid: i32) -> Result<Child> {
     let mut command = Command::new("bin/loom-agent");
     command
         .arg("sidecar")
@@ -179,9 +170,11 @@ fn start_sidecar(spec: &LocalSpec) -> Result<Child> {
         .env("LOOM_SERVER_URL", &spec.server_url)
         .env("LOOM_CREDENTIAL_FILE", "sidecar/token")
         .env("LOOM_RUN_DIR", "run")
+        .env("LOOM_HOST_PID", host_pid.to_string())
         .env("LOOM_WORKSPACE_DIR", "workspace")
         .env("LOOM_ALLOW_FILE_CLONE", "1")
-        .env("HOME", "home")
+        // Not the weaver's home, whose files its user writes.
+        .env("HOME", "sidecar")
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")
         .stdin(Stdio::null());
     if !spec.udp {

@@ -13,6 +13,7 @@ pub mod app;
 pub mod attach;
 pub mod auth;
 pub mod config;
+mod durable;
 pub mod events;
 mod fault;
 pub mod listener;

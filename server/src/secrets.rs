@@ -5,8 +5,8 @@
 
 use std::{
     fs,
-    io::{ErrorKind, Write as _},
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    io::ErrorKind,
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -29,7 +29,7 @@ use russh::keys::{
 };
 use zeroize::Zeroizing;
 
-use crate::fault;
+use crate::durable;
 
 /// Before a host certificate is valid, and after the weaver's end that it stays so: clocks differ.
 const CERTIFICATE_SLACK: Duration = Duration::from_secs(3600);
@@ -55,14 +55,7 @@ impl Secrets {
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let secret = Zeroizing::new(random::<32>().to_vec());
-                // Whole or not at all: without it, or with half of it, no later start would succeed.
-                let temporary = path.with_extension("new");
-                let _ = fs::remove_file(&temporary);
-                let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-                file.write_all(&secret)?;
-                file.sync_all()?;
-                fault::point("secret-written");
-                fs::rename(&temporary, path).with_context(|| format!("making {}", path.display()))?;
+                durable::write(path, &secret)?;
                 secret
             }
             Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),

@@ -1,16 +1,11 @@
 //! The first way in: a token that signs in once, in a file that only the server's user can read.
 
-use std::{
-    fs,
-    io::{ErrorKind, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::Path,
-};
+use std::{fs, io::ErrorKind, path::Path};
 
-use anyhow::{Context as _, Result};
-use loom_api::login::TokenKind;
+use anyhow::Result;
+use loom_api::Secret;
 
-use crate::store::Store;
+use crate::{durable, fault, store::Store};
 
 /// The file, below the data directory.
 const FILE: &str = "admin.token";
@@ -28,17 +23,15 @@ pub(crate) async fn make_first_user(store: &Store, data: &Path) -> Result<()> {
         remove_spent_file(store, data).await;
         return Ok(());
     }
-    let user = store.add_user("admin").await?;
-    let token = store.add_user_token(user, NAME, TokenKind::SignIn, None).await?;
     let path = data.join(FILE);
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("writing {}", path.display()))?;
-    file.write_all(token.expose().as_bytes())?;
+    // The file comes first: a user whose token nobody knows could never sign in.
+    let keep = |token: &Secret| {
+        durable::write(&path, token.expose().as_bytes())?;
+        fault::point("sign-in-token-written");
+        Ok(())
+    };
+    store.add_user_with_token("admin", NAME, keep).await?;
+    fault::point("first-user-made");
     tracing::info!("made the user admin; the token in {} signs in once", path.display());
     Ok(())
 }

@@ -380,8 +380,12 @@ impl System {
     pub fn pod_identity(&self, weaver: &Weaver) -> Result<String> {
         match &self.namespace {
             None => {
+                // Not what its programs start and end meanwhile.
+                let lasting = |process: &Process| ["local-pod", "host", "sidecar"].iter().any(|word| process.has(word));
                 let processes = processes::belonging_to(&self.weaver_directory(weaver));
-                Ok(format!("{:?}", processes.iter().map(|process| process.pid).collect::<Vec<_>>()))
+                let pids: Vec<_> =
+                    processes.iter().filter(|process| lasting(process)).map(|process| process.pid).collect();
+                Ok(format!("{pids:?}"))
             }
             Some(namespace) => namespace.pod_uid(weaver)?.context("the weaver has no pod"),
         }

@@ -163,7 +163,7 @@ fn a_server_killed_between_any_two_writes_of_an_end_leaves_nothing() -> Result<(
 
 #[test]
 fn a_server_killed_during_its_first_start_starts_again() -> Result<()> {
-    for point in ["secret-written"] {
+    for point in ["file-written", "sign-in-token-written", "first-user-made"] {
         let mut system = System::start_logged_out(&[])?;
         system.stop_server()?;
         fs::remove_dir_all(system.path("data"))?;

@@ -2,10 +2,13 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::{SignedDuration, Timestamp};
-use loom_api::{OrgId, UserId};
+use loom_api::{OrgId, Secret, UserId, login::TokenKind};
 use sqlx::{Sqlite, Transaction};
 
-use super::{Store, millis, parsed, timestamp, tokens::advance_revision};
+use super::{
+    Store, millis, parsed, timestamp,
+    tokens::{self, advance_revision},
+};
 use crate::secrets::hash;
 
 /// A user as operators see it.
@@ -58,33 +61,24 @@ impl Store {
     /// Makes a user with a personal organisation. A name is given once: a removed user's is not free again, so that
     /// nobody is taken for who had it before.
     pub async fn add_user(&self, name: &str) -> Result<UserId> {
-        let (user, org, now) = (UserId::generate(), OrgId::generate(), millis(Timestamp::now()));
         let mut transaction = self.begin_write().await?;
-        let added =
-            sqlx::query("INSERT INTO users (id, name, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING")
-                .bind(user.to_string())
-                .bind(name)
-                .bind(now)
-                .execute(&mut *transaction)
-                .await?;
-        if added.rows_affected() == 0 {
-            bail!("there is, or was, a user {name}: names are not given twice");
-        }
-        sqlx::query("INSERT INTO organisations (id, name, owner_id, created_at) VALUES (?, ?, ?, ?)")
-            .bind(org.to_string())
-            .bind(name)
-            .bind(user.to_string())
-            .bind(now)
-            .execute(&mut *transaction)
-            .await
-            .with_context(|| format!("an organisation is called {name} already"))?;
-        sqlx::query("INSERT INTO memberships (org_id, user_id) VALUES (?, ?)")
-            .bind(org.to_string())
-            .bind(user.to_string())
-            .execute(&mut *transaction)
-            .await?;
+        let user = insert_user(&mut transaction, name).await?;
         transaction.commit().await?;
         Ok(user)
+    }
+
+    /// Makes a user with a sign-in token. Neither is made unless `keep`, which gets the token, succeeds.
+    pub async fn add_user_with_token(
+        &self,
+        name: &str,
+        token_name: &str,
+        keep: impl FnOnce(&Secret) -> Result<()> + Send,
+    ) -> Result<()> {
+        let mut transaction = self.begin_write().await?;
+        let user = insert_user(&mut transaction, name).await?;
+        let token = tokens::insert(&mut transaction, user, token_name, TokenKind::SignIn, None).await?;
+        keep(&token)?;
+        Ok(transaction.commit().await?)
     }
 
     /// Whether there is any user yet.
@@ -329,6 +323,33 @@ impl Store {
         transaction.commit().await?;
         Ok(poll)
     }
+}
+
+async fn insert_user(transaction: &mut Transaction<'_, Sqlite>, name: &str) -> Result<UserId> {
+    let (user, org, now) = (UserId::generate(), OrgId::generate(), millis(Timestamp::now()));
+    let added = sqlx::query("INSERT INTO users (id, name, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO NOTHING")
+        .bind(user.to_string())
+        .bind(name)
+        .bind(now)
+        .execute(&mut **transaction)
+        .await?;
+    if added.rows_affected() == 0 {
+        bail!("there is, or was, a user {name}: names are not given twice");
+    }
+    sqlx::query("INSERT INTO organisations (id, name, owner_id, created_at) VALUES (?, ?, ?, ?)")
+        .bind(org.to_string())
+        .bind(name)
+        .bind(user.to_string())
+        .bind(now)
+        .execute(&mut **transaction)
+        .await
+        .with_context(|| format!("an organisation is called {name} already"))?;
+    sqlx::query("INSERT INTO memberships (org_id, user_id) VALUES (?, ?)")
+        .bind(org.to_string())
+        .bind(user.to_string())
+        .execute(&mut **transaction)
+        .await?;
+    Ok(user)
 }
 
 /// The id of the user with a name, as the database keeps it.

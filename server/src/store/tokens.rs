@@ -294,7 +294,7 @@ pub(super) async fn advance_revision(transaction: &mut Transaction<'_, Sqlite>) 
     sqlx::query("UPDATE identity_revision SET number = number + 1").execute(&mut **transaction).await.map(drop)
 }
 
-async fn insert(
+pub(super) async fn insert(
     transaction: &mut Transaction<'_, Sqlite>,
     user: UserId,
     name: &str,

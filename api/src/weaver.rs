@@ -124,12 +124,19 @@ pub struct Weaver {
     pub remaining_hours: f64,
     /// The pod's name.
     pub pod_name: String,
-    /// The pod's phase in the backend's own words.
+    /// The pod's phase in the backend's own words; absent while there is no pod, as before it is made and after the
+    /// weaver's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_phase: Option<String>,
     /// The pod's address, where it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_ip: Option<String>,
+    /// The node that the pod runs on, on a backend that has nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// The digest of the image that it runs, once that is known: `sha256:…`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_digest: Option<String>,
     /// The main program's exit code, or 128 plus the signal, once it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,

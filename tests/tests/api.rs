@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{System, api::read_until, eventually, system::PATIENCE};
-use serde_json::json;
+use serde_json::{Value, json};
 use tungstenite::Message;
 
 #[test]
@@ -118,6 +118,31 @@ fn bad_requests_are_refused_with_a_code_and_change_nothing() -> Result<()> {
     let large = format!(r#"{{"name":"{}"}}"#, "x".repeat(100_000));
     assert_eq!(system.request(Some(&token), "POST", "/api/weavers", Some(&large))?.status, 400);
     assert_eq!(system.request(Some(&token), "GET", "/api/weavers?all=true", None)?.body, json!([]));
+    system.stop()
+}
+
+#[test]
+fn a_weaver_shows_its_pod_while_it_has_one() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&["--name", "shown"])?;
+    let token = system.admin_token()?;
+    let shown = || -> Result<Value> {
+        let list = system.request(Some(&token), "GET", "/api/weavers", None)?.body;
+        let weavers = list.as_array().context("a list")?;
+        Ok(weavers.iter().find(|shown| shown["name"] == "shown").cloned().unwrap_or_default())
+    };
+    assert_eq!(shown()?["pod_phase"], "Running");
+    let on_kubernetes = system.namespace().is_some();
+    for (field, start) in [("pod_ip", ""), ("node", ""), ("image_digest", "sha256:")] {
+        let described = system.describe(&weaver)?;
+        let value = described[field].as_str();
+        assert_eq!(value.is_some_and(|value| value.starts_with(start)), on_kubernetes, "{field}: {described}");
+    }
+    system.kill_pod(&weaver)?;
+    eventually("the pod to be gone, and the weaver failed", PATIENCE, || {
+        let shown = shown()?;
+        Ok((shown["status"] == "Failed" && shown["pod_phase"].is_null()).then_some(()))
+    })?;
     system.stop()
 }
 

@@ -384,11 +384,17 @@ pub(crate) fn gone(row: &WeaverRow) -> Problem {
     Problem::new(ErrorCode::WeaverGone, format!("{} is gone: {reason}", row.id)).hint("make another: loom new")
 }
 
+/// The digest in the name of an image, if it has one.
+fn digest(image: &str) -> Option<String> {
+    image.split_once('@').map(|(_, digest)| digest.to_owned())
+}
+
 /// A weaver as the API shows it.
 pub(crate) fn show(row: &WeaverRow, app: &AppState) -> Weaver {
     let now = Timestamp::now();
     let hours = |duration: SignedDuration| (duration.as_secs_f64() / 3600.0).max(0.0);
     let agent = app.agents.info(row.id);
+    let pod = app.provisioner.pod(row.id).unwrap_or_default();
     Weaver {
         id: row.id,
         name: row.name.clone(),
@@ -406,8 +412,10 @@ pub(crate) fn show(row: &WeaverRow, app: &AppState) -> Weaver {
         age_hours: hours(now.duration_since(row.created_at)),
         remaining_hours: hours(row.expires_at.duration_since(now)),
         pod_name: row.id.pod_name(),
-        pod_phase: None,
-        pod_ip: None,
+        pod_phase: pod.phase,
+        pod_ip: pod.ip,
+        node: pod.node,
+        image_digest: row.pinned_image.as_deref().and_then(digest).or(pod.image_digest),
         exit_code: row.exit_code,
         resources: row.resources,
         warnings: app.provisioner.warnings().to_vec(),

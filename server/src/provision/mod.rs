@@ -63,6 +63,19 @@ pub struct PodObservation {
     pub is_leaving: bool,
 }
 
+/// A pod as the API shows it. Unlike [`PodObservation`], nothing is decided by it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodInfo {
+    /// The phase in the backend's own words.
+    pub phase: Option<String>,
+    /// The pod's address.
+    pub ip: Option<String>,
+    /// The node that it runs on.
+    pub node: Option<String>,
+    /// The digest of the image that it runs.
+    pub image_digest: Option<String>,
+}
+
 /// Why a backend did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ProvisionError {
@@ -117,6 +130,9 @@ pub trait Provisioner: Send + Sync + 'static {
     ///
     /// [`ProvisionError`].
     async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError>;
+
+    /// What is known of a weaver's pod without asking anybody: lists call this for every weaver.
+    fn pod(&self, weaver: WeaverId) -> Option<PodInfo>;
 
     /// All weavers that have a pod.
     ///

@@ -33,7 +33,7 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::mpsc, task::JoinSet};
 use tower::util::MapRequestLayer;
 
-use super::{PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage};
+use super::{PodInfo, PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage};
 pub use config::{Config, DEFAULT_IMAGE, Settings};
 use image::Images;
 pub use registry::Authority;
@@ -247,6 +247,10 @@ impl Provisioner for Kubernetes {
         }
         // The watch may be behind: that a pod is gone is believed from the API server only.
         Ok(self.get(weaver).await?.as_ref().and_then(observation::of))
+    }
+
+    fn pod(&self, weaver: WeaverId) -> Option<PodInfo> {
+        self.seen.info(weaver)
     }
 
     async fn list(&self) -> Result<Vec<WeaverId>, ProvisionError> {

@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Conta
 use loom_api::WeaverId;
 
 use super::pod;
-use crate::provision::{PodObservation, PodPhase};
+use crate::provision::{PodInfo, PodObservation, PodPhase};
 
 /// Signs in a puller's message that no further try will help: container runtimes have no codes for it.
 const NO_SUCH_IMAGE: [&str; 6] = ["not found", "unauthorized", "denied", "forbidden", "does not exist", "no such host"];
@@ -21,6 +21,21 @@ pub(super) fn of(pod: &Pod) -> Option<PodObservation> {
         reason = disruption(status);
     }
     Some(PodObservation { weaver, phase, reason, exit_code, is_leaving })
+}
+
+/// Where a pod runs, and what.
+pub(super) fn info(pod: &Pod) -> PodInfo {
+    let empty = PodStatus::default();
+    let status = pod.status.as_ref().unwrap_or(&empty);
+    let user = container(status.container_statuses.as_deref(), pod::WEAVER);
+    let image_digest = user.and_then(|user| user.image_id.split_once('@')).map(|(_, digest)| digest.to_owned());
+    PodInfo {
+        // The API server sets it when it takes a pod.
+        phase: status.phase.clone(),
+        ip: status.pod_ip.clone(),
+        node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+        image_digest,
+    }
 }
 
 /// What an event tells of a weaver's pod that its state does not.
@@ -228,6 +243,25 @@ mod tests {
         });
         let seen = of(&serde_json::from_value(leaving).unwrap()).unwrap();
         assert!(seen.is_leaving && seen.reason.unwrap().contains("its node is gone"));
+    }
+
+    #[test]
+    fn where_a_pod_runs_is_known_as_soon_as_kubernetes_knows() {
+        let at = |spec: serde_json::Value, status: serde_json::Value| {
+            info(&serde_json::from_value(json!({"metadata": {}, "spec": spec, "status": status})).unwrap())
+        };
+        let pending = at(json!({"containers": []}), json!({"phase": "Pending"}));
+        assert_eq!(pending, PodInfo { phase: Some("Pending".to_owned()), ..PodInfo::default() });
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let running = at(
+            json!({"containers": [], "nodeName": "node-1"}),
+            json!({"phase": "Running", "podIP": "10.1.2.3", "containerStatuses": [{
+                "name": "weaver", "ready": true, "restartCount": 0, "image": "a", "imageID": format!("r.example/a@{digest}"),
+            }]}),
+        );
+        let [phase, ip, node, image_digest] =
+            ["Running", "10.1.2.3", "node-1", &digest].map(|text| Some(text.to_owned()));
+        assert_eq!(running, PodInfo { phase, ip, node, image_digest });
     }
 
     #[test]

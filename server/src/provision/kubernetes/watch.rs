@@ -17,7 +17,7 @@ use loom_api::WeaverId;
 use tokio::sync::{mpsc, watch};
 
 use super::{observation, pod};
-use crate::provision::{PodObservation, PodPhase, ProvisionError};
+use crate::provision::{PodInfo, PodObservation, PodPhase, ProvisionError};
 
 /// The longest pause before a watch that broke is made anew: so long the news of an outage's end may take.
 const MOST_PAUSE: Duration = Duration::from_secs(5);
@@ -40,9 +40,21 @@ enum Listing {
 
 #[derive(Default)]
 struct Known {
-    pods: HashMap<WeaverId, PodObservation>,
+    pods: HashMap<WeaverId, SeenPod>,
     /// The newest thing that an event tells of each pod on its way; for pods only.
     progress: HashMap<WeaverId, Progress>,
+}
+
+struct SeenPod {
+    observation: PodObservation,
+    info: PodInfo,
+}
+
+impl SeenPod {
+    /// Nothing when the pod is not a weaver's.
+    fn of(pod: &v1::Pod) -> Option<Self> {
+        Some(Self { observation: observation::of(pod)?, info: observation::info(pod) })
+    }
 }
 
 struct Progress {
@@ -72,10 +84,15 @@ impl Seen {
         }
     }
 
+    /// Where the pod of a weaver runs, and what.
+    pub(super) fn info(&self, weaver: WeaverId) -> Option<PodInfo> {
+        Some(self.known().pods.get(&weaver)?.info.clone())
+    }
+
     /// The pod of a weaver.
     pub(super) fn pod(&self, weaver: WeaverId) -> Option<PodObservation> {
         let known = self.known();
-        let mut pod = known.pods.get(&weaver)?.clone();
+        let mut pod = known.pods.get(&weaver)?.observation.clone();
         // A pod's own state says more, when it says something.
         if pod.phase == PodPhase::Pending && pod.reason.is_none() && !pod.is_leaving {
             pod.reason = known.progress.get(&weaver).map(|progress| progress.words.clone());
@@ -92,8 +109,15 @@ impl Seen {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes in what is now known of a pod; the weaver, when it changes something for the reconciler.
+    fn put(&self, pod: SeenPod) -> Option<WeaverId> {
+        let (weaver, observation) = (pod.observation.weaver, pod.observation.clone());
+        let before = self.known().pods.insert(weaver, pod);
+        before.is_none_or(|before| before.observation != observation).then_some(weaver)
+    }
+
     /// Replaces what is known of all pods; the weavers that this changes something for.
-    fn replace(&self, pods: HashMap<WeaverId, PodObservation>) -> HashSet<WeaverId> {
+    fn replace(&self, pods: HashMap<WeaverId, SeenPod>) -> HashSet<WeaverId> {
         let mut known = self.known();
         let changed = known.pods.keys().chain(pods.keys()).copied().collect();
         known.progress.retain(|weaver, _| pods.contains_key(weaver));
@@ -133,15 +157,11 @@ pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<Seen>, changes: mpsc::Sen
                 HashSet::new()
             }
             Ok(watcher::Event::InitApply(pod)) => {
-                listing.extend(observation::of(&pod).map(|pod| (pod.weaver, pod)));
+                listing.extend(SeenPod::of(&pod).map(|pod| (pod.observation.weaver, pod)));
                 HashSet::new()
             }
             Ok(watcher::Event::InitDone) => seen.replace(std::mem::take(&mut listing)),
-            Ok(watcher::Event::Apply(pod)) => observation::of(&pod)
-                .filter(|pod| seen.known().pods.insert(pod.weaver, pod.clone()).as_ref() != Some(pod))
-                .map(|pod| pod.weaver)
-                .into_iter()
-                .collect(),
+            Ok(watcher::Event::Apply(pod)) => SeenPod::of(&pod).and_then(|pod| seen.put(pod)).into_iter().collect(),
             Ok(watcher::Event::Delete(pod)) => {
                 let weaver = pod::weaver(&pod);
                 if let Some(weaver) = weaver {

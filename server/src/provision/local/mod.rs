@@ -45,7 +45,7 @@ use subtle::ConstantTimeEq as _;
 use tokio::{io::unix::AsyncFd, process::Command, sync::mpsc, time::timeout};
 
 use self::directory::{Directories, New};
-use super::{PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner, ResolvedImage};
+use super::{PodInfo, PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner, ResolvedImage};
 use crate::fault;
 pub use config::{Config, DEFAULT_IMAGE, Network, Settings};
 
@@ -84,6 +84,8 @@ pub struct Local {
     udp: bool,
     warnings: Vec<String>,
     changes: mpsc::Sender<WeaverId>,
+    /// What was last seen of each weaver that has a directory.
+    phases: Mutex<HashMap<WeaverId, PodPhase>>,
     watched: Arc<Mutex<HashMap<WeaverId, tokio::task::JoinHandle<()>>>>,
 }
 
@@ -113,6 +115,7 @@ impl Local {
             udp: config.agent_udp,
             warnings,
             changes,
+            phases: Mutex::default(),
             watched: Arc::default(),
         };
         for weaver in local.directories.list()? {
@@ -163,6 +166,29 @@ impl Local {
         });
         watched.insert(weaver, task);
         Ok(())
+    }
+
+    /// Looks at a weaver's supervisor and at what it wrote.
+    fn look(&self, weaver: WeaverId) -> Result<Option<PodObservation>> {
+        let directory = self.directories.path(weaver);
+        if !directory.exists() {
+            return Ok(None);
+        }
+        let alive = Supervisor::find(&directory)?.is_some();
+        let status = read_status(&directory)?;
+        let (phase, reason, exit_code) = match status {
+            Some(LocalStatus::Exited { code }) if code == 0 => (PodPhase::Succeeded, None, Some(code)),
+            Some(LocalStatus::Exited { code }) => (PodPhase::Failed, None, Some(code)),
+            Some(LocalStatus::Failed { reason }) => (PodPhase::Failed, Some(reason), None),
+            Some(LocalStatus::Running) if alive => (PodPhase::Running, None, None),
+            Some(LocalStatus::Running) => {
+                (PodPhase::Failed, Some("its processes were killed from outside of Loom".to_owned()), None)
+            }
+            None if alive => (PodPhase::Pending, None, None),
+            // A crash came between making the directory and starting the supervisor: as if it were not there.
+            None => return Ok(None),
+        };
+        Ok(Some(PodObservation { weaver, phase, reason, exit_code, is_leaving: false }))
     }
 
     async fn end_supervisor(&self, directory: &Path) -> Result<()> {
@@ -230,29 +256,28 @@ impl Provisioner for Local {
         let directories = Arc::clone(&self.directories);
         let removed = tokio::task::spawn_blocking(move || directories.remove(weaver)).await;
         removed.context("removing a directory")??;
+        self.phases.lock().unwrap_or_else(PoisonError::into_inner).remove(&weaver);
         Ok(true)
     }
 
     async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError> {
-        let directory = self.directories.path(weaver);
-        if !directory.exists() {
-            return Ok(None);
-        }
-        let alive = Supervisor::find(&directory)?.is_some();
-        let status = read_status(&directory)?;
-        let (phase, reason, exit_code) = match status {
-            Some(LocalStatus::Exited { code }) if code == 0 => (PodPhase::Succeeded, None, Some(code)),
-            Some(LocalStatus::Exited { code }) => (PodPhase::Failed, None, Some(code)),
-            Some(LocalStatus::Failed { reason }) => (PodPhase::Failed, Some(reason), None),
-            Some(LocalStatus::Running) if alive => (PodPhase::Running, None, None),
-            Some(LocalStatus::Running) => {
-                (PodPhase::Failed, Some("its processes were killed from outside of Loom".to_owned()), None)
-            }
-            None if alive => (PodPhase::Pending, None, None),
-            // A crash came between making the directory and starting the supervisor: as if it were not there.
-            None => return Ok(None),
+        let seen = self.look(weaver)?;
+        let mut phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
+        match &seen {
+            Some(seen) => phases.insert(weaver, seen.phase),
+            None => phases.remove(&weaver),
         };
-        Ok(Some(PodObservation { weaver, phase, reason, exit_code, is_leaving: false }))
+        Ok(seen)
+    }
+
+    fn pod(&self, weaver: WeaverId) -> Option<PodInfo> {
+        let mut phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
+        let phase = phases.get_mut(&weaver)?;
+        // Nobody tells that the processes have been started. Their end is told, and then the reconciler looks.
+        if *phase == PodPhase::Pending {
+            *phase = self.look(weaver).ok()??.phase;
+        }
+        Some(PodInfo { phase: Some(format!("{phase:?}")), ..PodInfo::default() })
     }
 
     async fn list(&self) -> Result<Vec<WeaverId>, ProvisionError> {

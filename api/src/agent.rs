@@ -136,8 +136,18 @@ pub enum ServerMessage {
     Welcome {
         /// What the weaver is to run.
         start: StartSpec,
-        /// All grants in force; peers that are not among them are removed.
+        /// The grants in force, or the first of them.
         grants: Vec<Grant>,
+        /// Whether [`ServerMessage::Grants`] follow. Peers that none of the pages names are removed after the last.
+        #[serde(default)]
+        more: bool,
+    },
+    /// Another page of the grants in force.
+    Grants {
+        /// The grants.
+        grants: Vec<Grant>,
+        /// Whether more follow.
+        more: bool,
     },
     /// Admit one more peer.
     Grant {

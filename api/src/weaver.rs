@@ -13,6 +13,9 @@ pub const DEFAULT_LIFETIME_HOURS: f64 = 4.0;
 /// The longest life of a weaver, extensions included, in hours from creation.
 pub const MAX_LIFETIME_HOURS: f64 = 48.0;
 
+/// The most weavers that `GET /api/weavers` lists at once.
+pub const MAX_LIST: u32 = 1_000;
+
 /// The pod's phase as a user should see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 pub enum WeaverStatus {

@@ -12,6 +12,7 @@ use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    admission::Admission,
     agents::Hub,
     api,
     config::{Backend, Config},
@@ -19,10 +20,11 @@ use crate::{
     listener::{ClientAddress, PlainListener},
     metrics::{self, Metrics},
     provision::{Provisioner, kubernetes::Kubernetes, local::Local},
-    reconcile::{Reconciler, deadlines},
+    reconcile::{Parts, Reconciler, deadlines::Deadlines},
     relay::Relay,
     secrets::Secrets,
     sign_in,
+    state::{AppState, Shared},
     store::Store,
     streams::Streams,
     tls::TlsListener,
@@ -32,46 +34,6 @@ use crate::{
 const QUEUE: usize = 1024;
 /// How long requests may take to finish after the server was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
-
-/// What handlers share. Cheap to clone.
-#[derive(Clone)]
-pub struct AppState(Arc<Shared>);
-
-/// See [`AppState`].
-pub struct Shared {
-    /// The settings.
-    pub config: Config,
-    /// The server's address for people and agents.
-    pub url: String,
-    /// The keys.
-    pub secrets: Secrets,
-    /// The database.
-    pub store: Store,
-    /// What operators watch.
-    pub metrics: Arc<Metrics>,
-    /// The events.
-    pub events: Events,
-    /// The backend.
-    pub provisioner: Arc<dyn Provisioner>,
-    /// The reconciler's door bell.
-    pub reconciler: Reconciler,
-    /// The agents' links.
-    pub agents: Hub,
-    /// Streams that agents are to dial back.
-    pub streams: Streams,
-    /// The relay.
-    pub relay: Relay,
-    /// The server is stopping.
-    pub stopping: CancellationToken,
-}
-
-impl std::ops::Deref for AppState {
-    type Target = Shared;
-
-    fn deref(&self) -> &Shared {
-        &self.0
-    }
-}
 
 enum Listener {
     Plain(TcpListener),
@@ -98,7 +60,7 @@ impl App {
             .mode(0o711)
             .create(&config.data_dir)
             .with_context(|| format!("making {}", config.data_dir.display()))?;
-        let secrets = Secrets::load(&config.data_dir.join("secret.key"))?;
+        let secrets = Arc::new(Secrets::load(&config.data_dir.join("secret.key"))?);
         let store = Store::open(&config.data_dir.join("loom.db")).await?;
         sign_in::make_first_user(&store, &config.data_dir).await?;
         let listener = TcpListener::bind(config.listen)
@@ -128,9 +90,23 @@ impl App {
         for warning in provisioner.warnings() {
             tracing::warn!("{} backend: {warning}", provisioner.name());
         }
-        let reconciler = Reconciler::new(changes);
-        let relay = Relay::default();
-        relay.load(&store).await?;
+        let (agents, relay) = (Arc::new(Hub::default()), Arc::new(Relay::default()));
+        let events = Events::new(store.clone(), Arc::clone(&metrics));
+        let admission = Admission::start(store.clone(), Arc::clone(&agents), Arc::clone(&relay), Arc::clone(&secrets));
+        let admission = Arc::new(admission.await?);
+        let reconciler = Reconciler::new(Parts {
+            store: store.clone(),
+            provisioner: Arc::clone(&provisioner),
+            events: events.clone(),
+            admission: Arc::clone(&admission),
+            agents: Arc::clone(&agents),
+            metrics: Arc::clone(&metrics),
+            bell: changes,
+        });
+        let (deadlines, deadline_changed) = mpsc::channel(QUEUE);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(reconciler.clone().run(changed));
+        tasks.spawn(Deadlines::new(reconciler.clone(), deadline_changed, config.cleanup_interval).run());
         let metrics_listener = match config.metrics_listen {
             Some(address) => {
                 Some(TcpListener::bind(address).await.with_context(|| format!("listening for metrics at {address}"))?)
@@ -138,23 +114,22 @@ impl App {
             None => None,
         };
         let listen_file = config.data_dir.join("listen");
-        let state = AppState(Arc::new(Shared {
+        let state = AppState::new(Shared {
             config,
             url,
             secrets,
-            events: Events::new(store.clone(), Arc::clone(&metrics)),
+            events,
             metrics,
             store,
             provisioner,
             reconciler,
-            agents: Hub::default(),
-            streams: Streams::default(),
+            streams: Streams::new(Arc::clone(&agents)),
+            agents,
             relay,
+            admission,
+            deadlines,
             stopping: CancellationToken::new(),
-        }));
-        let mut tasks = JoinSet::new();
-        tasks.spawn(crate::reconcile::run(state.clone(), changed));
-        tasks.spawn(deadlines::run(state.clone()));
+        });
         if let Some(listener) = metrics_listener {
             let app = state.clone();
             tasks.spawn(async move {
@@ -198,12 +173,21 @@ impl App {
                 tokio::time::sleep(DRAIN).await;
             }
         };
-        tokio::select! {
-            result = serving => result?,
-            () = drained => tracing::warn!("some connections did not end in time and are cut"),
-        }
+        let result = tokio::select! {
+            result = serving => result.map_err(Into::into),
+            () = drained => {
+                tracing::warn!("some connections did not end in time and are cut");
+                Ok(())
+            }
+            // None of them ends by itself. Without one the server does half its work, and nobody notices; whatever
+            // started the process starts it again.
+            Some(ended) = self.tasks.join_next() => Err(match ended {
+                Ok(()) => anyhow::anyhow!("a task of the server ended"),
+                Err(error) => anyhow::Error::from(error).context("a task of the server panicked"),
+            }),
+        };
         self.tasks.shutdown().await;
         self.state.store.close().await;
-        Ok(())
+        result
     }
 }

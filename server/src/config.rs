@@ -75,6 +75,9 @@ struct ServerSettings {
     /// Days after its last use that a login ends. [default: 90]
     #[arg(long, env = "LOOM_SERVER_LOGIN_TOKEN_DAYS", value_name = "DAYS", global = true)]
     login_token_days: Option<u32>,
+    /// The most weavers of one user at a time, in all organisations. [default: max-weavers]
+    #[arg(long, env = "LOOM_SERVER_MAX_WEAVERS_PER_USER", value_name = "N", global = true)]
+    max_weavers_per_user: Option<u32>,
     /// Seconds between two sweeps for weavers whose timer was missed. [default: 60]
     #[arg(long, env = "LOOM_SERVER_WEAVER_CLEANUP_INTERVAL_SECS", value_name = "SECONDS", global = true)]
     weaver_cleanup_interval_secs: Option<u64>,
@@ -122,6 +125,8 @@ pub struct Config {
     pub max_weavers: u32,
     /// How long after its last use a login ends.
     pub login_life: SignedDuration,
+    /// The most weavers of one user at a time.
+    pub max_weavers_per_user: u32,
     /// Between two sweeps.
     pub cleanup_interval: Duration,
 }
@@ -190,6 +195,7 @@ impl Settings {
             resources,
             max_weavers: server.max_weavers.unwrap_or(100),
             login_life: SignedDuration::from_hours(24 * i64::from(login_days)),
+            max_weavers_per_user: server.max_weavers_per_user.or(server.max_weavers).unwrap_or(100),
             cleanup_interval: Duration::from_secs(seconds),
         })
     }

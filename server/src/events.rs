@@ -1,45 +1,54 @@
 //! What happens to weavers: rows, and a bell for those who wait for more.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use loom_api::{WeaverId, weaver::EventKind};
-use tokio::sync::broadcast;
+use loom_api::WeaverId;
+use tokio::sync::watch;
 
-use crate::{metrics::Metrics, store::Store};
+use crate::{metrics::Metrics, store::Store, weaver::Event};
 
-/// Bells that a slow listener may miss before it looks into the database again, which it does anyway.
-const BACKLOG: usize = 256;
-
-/// Writes events and tells who listens.
+/// Writes events and tells who listens. Cheap to clone.
 #[derive(Clone)]
 pub struct Events {
     store: Store,
     metrics: Arc<Metrics>,
-    bell: broadcast::Sender<WeaverId>,
+    /// One for each weaver that somebody listens to: an event of one weaver wakes nobody else.
+    bells: Arc<Mutex<HashMap<WeaverId, watch::Sender<()>>>>,
 }
 
 impl Events {
-    /// Events in a store.
-    #[must_use]
     pub fn new(store: Store, metrics: Arc<Metrics>) -> Self {
-        Self { store, metrics, bell: broadcast::Sender::new(BACKLOG) }
+        Self { store, metrics, bells: Arc::default() }
     }
 
-    /// Writes an event. A failure is logged: what happened has happened all the same.
-    pub async fn write(&self, weaver: WeaverId, kind: EventKind, message: impl Into<String>) {
-        let message = message.into();
-        tracing::info!(%weaver, ?kind, "{message}");
-        self.metrics.stage(weaver, kind);
-        if let Err(error) = self.store.add_event(weaver, kind, &message).await {
-            tracing::error!(%weaver, "an event could not be written: {error}");
+    /// Writes an event that is no transition of the weaver's life. A failure is logged: what happened has happened all
+    /// the same.
+    pub async fn write(&self, weaver: WeaverId, event: Event) {
+        match self.store.add_event(weaver, &event).await {
+            Ok(true) => self.announce(weaver, &event),
+            Ok(false) => tracing::debug!(%weaver, "it has had too many events: one more is left out"),
+            Err(error) => tracing::error!(%weaver, "an event could not be written: {error}"),
         }
-        // Nobody listening is no fault.
-        let _ = self.bell.send(weaver);
     }
 
-    /// Rings at every event of any weaver.
-    #[must_use]
-    pub fn subscribe(&self) -> broadcast::Receiver<WeaverId> {
-        self.bell.subscribe()
+    /// Tells of an event that has been written.
+    pub fn announce(&self, weaver: WeaverId, Event { kind, message }: &Event) {
+        // Escaped: some of it is said by agents, and by servers that they talk to.
+        tracing::info!(%weaver, ?kind, "{}", message.escape_debug());
+        self.metrics.stage(weaver, *kind);
+        let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+        if bells.get(&weaver).is_some_and(|bell| bell.send(()).is_err()) {
+            bells.remove(&weaver);
+        }
+    }
+
+    /// Changes at every event of a weaver.
+    pub fn subscribe(&self, weaver: WeaverId) -> watch::Receiver<()> {
+        let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+        bells.retain(|_, bell| !bell.is_closed());
+        bells.entry(weaver).or_insert_with(|| watch::Sender::new(())).subscribe()
     }
 }

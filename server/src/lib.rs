@@ -1,30 +1,40 @@
 //! `loom-server`: the API, key exchange, relay and provisioning of Loom weavers.
 //!
 //! The database ([`store`]) holds what should be, a backend ([`provision`]) holds what is, and [`reconcile`] closes the
-//! difference, keyed by weaver and repeatable at every step. [`api`] writes intent and shows both; [`auth`] says who is
-//! asking. Live connections are beside that and hold nothing that may not be lost: [`agents`] is the control link to
-//! each weaver's agent, [`streams`] are the byte streams that agents dial back, [`attach`] bridges them to people's
-//! terminals, and [`relay`] passes ciphertext between peers that hold a grant. [`secrets`] derives every key from one
-//! file. [`app`] puts them together.
+//! difference, keyed by weaver and repeatable at every step. [`weaver`] owns a weaver's life, and [`admission`] who may
+//! reach one. Live connections are beside that and hold nothing that may not be lost: [`agents`] knows the control links
+//! to the weavers' agents, [`streams`] the byte streams that agents dial back, and [`relay`] who is connected there.
+//! [`secrets`] derives every key from one file.
+//!
+//! [`api`] has every route; its handlers share [`state`], and nothing below them knows it. [`app`] puts all together.
 
-pub mod agents;
-pub mod api;
-pub mod app;
-pub mod attach;
-pub mod auth;
-pub mod config;
+// What may be used from outside is listed here; inside, `pub` means the whole crate.
+#![expect(unreachable_pub, reason = "modules are private, and this file says what of them is public")]
+#![allow(dead_code, reason = "revocation and the listener are being connected")]
+
+mod admission;
+mod agents;
+mod api;
+mod app;
+mod config;
 mod durable;
-pub mod events;
+mod events;
 mod fault;
-pub mod listener;
+mod listener;
 pub mod manage;
-pub mod metrics;
-pub mod problem;
-pub mod provision;
-pub mod reconcile;
-pub mod relay;
-pub mod secrets;
+mod metrics;
+mod problem;
+mod provision;
+mod reconcile;
+mod relay;
+mod secrets;
 mod sign_in;
-pub mod store;
-pub mod streams;
-pub mod tls;
+mod state;
+mod store;
+mod streams;
+mod tls;
+mod weaver;
+
+pub use app::App;
+pub use config::{Backend, Settings};
+pub use provision::{kubernetes, local};

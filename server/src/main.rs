@@ -5,13 +5,9 @@ use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use loom_server::{
-    app::App,
-    config::{Backend, Settings},
+    App, Backend, Settings, kubernetes,
+    local::{self, supervisor},
     manage,
-    provision::{
-        kubernetes,
-        local::{self, supervisor},
-    },
 };
 use tokio::signal::unix::{SignalKind, signal};
 

@@ -28,7 +28,7 @@ use prometheus_client::{
 };
 use tokio::net::TcpListener;
 
-use crate::app::AppState;
+use crate::state::AppState;
 
 /// The media type of the format (OpenMetrics 1.0).
 const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -49,6 +49,8 @@ pub struct Metrics {
     pub reconcile_lag: Histogram,
     /// Looks at a weaver that failed and are repeated.
     pub reconcile_failures: Counter,
+    /// Tasks that panicked: faults of the server's own.
+    pub panics: Counter,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -74,6 +76,7 @@ impl Default for Metrics {
             kubernetes_requests: Counter::default(),
             reconcile_lag: seconds(),
             reconcile_failures: Counter::default(),
+            panics: Counter::default(),
             registry: Registry::default(),
         };
         registry.register("weavers", "Weavers that have not ended, by status", metrics.weavers.clone());
@@ -100,6 +103,7 @@ impl Default for Metrics {
             "Looks at a weaver that failed and are repeated",
             metrics.reconcile_failures.clone(),
         );
+        registry.register("panics", "Tasks that panicked: faults of the server's own", metrics.panics.clone());
         Self { registry, ..metrics }
     }
 }

@@ -7,6 +7,8 @@ use axum::{
 };
 use loom_api::{ApiError, ErrorBody, ErrorCode};
 
+use crate::{admission::AdmissionError, agents::AgentError, store::KeyError, streams::StreamError, weaver::Weaver};
+
 /// Why a request was not served: an [`ApiError`] for the caller. Faults of the server's own are logged where they turn
 /// into one, and shown without their insides.
 #[derive(Debug)]
@@ -27,11 +29,63 @@ impl Problem {
     pub fn hint(self, hint: impl Into<String>) -> Self {
         Self(self.0.hint(hint))
     }
+
+    /// That a weaver has ended, and why.
+    pub fn gone(weaver: &Weaver) -> Self {
+        let reason = weaver.life.reason().unwrap_or("it has ended");
+        Self::new(ErrorCode::WeaverGone, format!("{} is gone: {reason}", weaver.id)).hint("make another: loom new")
+    }
 }
 
 impl From<ApiError> for Problem {
     fn from(error: ApiError) -> Self {
         Self(error)
+    }
+}
+
+impl From<AgentError> for Problem {
+    fn from(error: AgentError) -> Self {
+        match error {
+            AgentError::NotConnected => Self::new(ErrorCode::WeaverNotReady, error.to_string())
+                .hint("it comes back by itself; `loom events` shows what happens"),
+            AgentError::NoAnswer => Self::new(ErrorCode::AgentUnreachable, error.to_string()).hint("try again"),
+        }
+    }
+}
+
+impl From<StreamError> for Problem {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Agent(error) => error.into(),
+            StreamError::Refused(reason) => Self::new(ErrorCode::WeaverNotReady, reason),
+            StreamError::TooMany => Self::new(ErrorCode::Internal, error.to_string()).hint("try again"),
+        }
+    }
+}
+
+impl From<KeyError> for Problem {
+    fn from(error: KeyError) -> Self {
+        match error {
+            KeyError::Taken => Self::new(ErrorCode::Forbidden, error.to_string()),
+            KeyError::TooManyDevices | KeyError::TooManyGrants => {
+                Self::new(ErrorCode::TooManyWeavers, error.to_string()).hint("those that are not used are forgotten")
+            }
+            KeyError::NotReachable(Some(weaver)) if weaver.has_ended() => Self::gone(&weaver),
+            KeyError::NotReachable(_) => {
+                Self::new(ErrorCode::WeaverNotReady, "the weaver's agent has not connected yet")
+                    .hint("loom events ID -f shows how far it is")
+            }
+            KeyError::Database(error) => error.into(),
+        }
+    }
+}
+
+impl From<AdmissionError> for Problem {
+    fn from(error: AdmissionError) -> Self {
+        match error {
+            AdmissionError::Key(error) => error.into(),
+            AdmissionError::Agent(error) => error.into(),
+        }
     }
 }
 

@@ -2,85 +2,98 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use axum::{
-    extract::{Path, State, WebSocketUpgrade, ws::WebSocket},
-    response::Response,
-};
+use axum::extract::ws::WebSocket;
 use loom_api::{
-    ErrorCode, WeaverId,
+    WeaverId,
     agent::{ServerMessage, StreamKind},
-    attach::MAX_FRAME,
 };
 use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
-use crate::{
-    agents::not_connected,
-    api::weavers::gone,
-    app::AppState,
-    auth::AgentCaller,
-    problem::{Answer, Problem},
-};
+use crate::agents::{AgentError, Hub};
 
 /// How long an agent may take to dial back.
 const DIAL_BACK: Duration = Duration::from_secs(10);
 /// Streams that may wait for their agents, in all.
-const MOST_PENDING: usize = 4096;
+const MAX_PENDING: usize = 4096;
 
 /// Streams that were asked for and have not come yet.
-#[derive(Default)]
-pub struct Streams(Mutex<HashMap<Uuid, Pending>>);
+pub struct Streams {
+    agents: Arc<Hub>,
+    pending: Mutex<HashMap<Uuid, Pending>>,
+}
 
 struct Pending {
     weaver: WeaverId,
     arrived: oneshot::Sender<Result<WebSocket, String>>,
 }
 
+/// Why there is no stream.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The agent said why.
+    #[error("{0}")]
+    Refused(String),
+    #[error("too many streams wait for their agents")]
+    TooMany,
+}
+
+/// Where an agent's stream is wanted.
+pub struct Wanted(Pending);
+
+impl Wanted {
+    /// Hands the stream over. Who waited may have gone; then it closes, and the agent sees that.
+    pub fn arrived(self, socket: WebSocket) {
+        let _ = self.0.arrived.send(Ok(socket));
+    }
+}
+
 impl Streams {
+    pub fn new(agents: Arc<Hub>) -> Self {
+        Self { agents, pending: Mutex::default() }
+    }
+
     fn pending(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, Pending>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks a weaver's agent for a stream, and waits for it.
     ///
     /// # Errors
     ///
-    /// `weaver_gone` when the weaver has ended meanwhile, `weaver_not_ready` when no agent is connected or it cannot open
-    /// the stream, `agent_unreachable` when it does not answer.
-    pub async fn open(&self, app: &AppState, weaver: WeaverId, kind: StreamKind) -> Answer<WebSocket> {
+    /// When no agent is connected, or it does not answer, or cannot open the stream.
+    pub async fn open(&self, weaver: WeaverId, kind: StreamKind) -> Result<WebSocket, StreamError> {
         let stream = Uuid::new_v4();
         let (arrived, wait) = oneshot::channel();
         {
             let mut pending = self.pending();
-            if pending.len() >= MOST_PENDING {
-                return Err(
-                    Problem::new(ErrorCode::Internal, "too many streams wait for their agents").hint("try again")
-                );
+            if pending.len() >= MAX_PENDING {
+                return Err(StreamError::TooMany);
             }
             pending.insert(stream, Pending { weaver, arrived });
         }
         // Removes the entry however this ends, also when the client goes and this is dropped.
         let _cleared = Cleared { streams: self, stream };
-        if !app.agents.send(weaver, ServerMessage::OpenStream { stream, kind }) {
-            return Err(without_agent(app, weaver).await);
+        if !self.agents.send(weaver, ServerMessage::OpenStream { stream, kind }) {
+            return Err(AgentError::NotConnected.into());
         }
         match timeout(DIAL_BACK, wait).await {
             Ok(Ok(Ok(socket))) => Ok(socket),
-            Ok(Ok(Err(reason))) => Err(Problem::new(ErrorCode::WeaverNotReady, reason)),
-            Ok(Err(_)) => Err(without_agent(app, weaver).await),
-            Err(_) => {
-                Err(Problem::new(ErrorCode::AgentUnreachable, "the weaver's agent did not answer").hint("try again"))
-            }
+            Ok(Ok(Err(reason))) => Err(StreamError::Refused(reason)),
+            Ok(Err(_)) => Err(AgentError::NotConnected.into()),
+            Err(_) => Err(AgentError::NoAnswer.into()),
         }
     }
 
     /// An agent cannot open a stream.
     pub fn failed(&self, weaver: WeaverId, stream: Uuid, reason: String) {
-        if let Some(pending) = self.take(weaver, stream) {
+        if let Some(Wanted(pending)) = self.take(weaver, stream) {
             // Who waited may have gone.
             let _ = pending.arrived.send(Err(reason));
         }
@@ -92,16 +105,10 @@ impl Streams {
     }
 
     /// The stream that an agent dials, if it was asked of that agent. It can be taken once.
-    fn take(&self, weaver: WeaverId, stream: Uuid) -> Option<Pending> {
+    pub fn take(&self, weaver: WeaverId, stream: Uuid) -> Option<Wanted> {
         let mut pending = self.pending();
-        if pending.get(&stream).is_some_and(|entry| entry.weaver == weaver) { pending.remove(&stream) } else { None }
-    }
-}
-
-async fn without_agent(app: &AppState, weaver: WeaverId) -> Problem {
-    match app.store.weaver(weaver).await {
-        Ok(Some(row)) if row.ended_at.is_some() => gone(&row),
-        _ => not_connected(),
+        pending.get(&stream).filter(|entry| entry.weaver == weaver)?;
+        pending.remove(&stream).map(Wanted)
     }
 }
 
@@ -114,23 +121,4 @@ impl Drop for Cleared<'_> {
     fn drop(&mut self) {
         self.streams.pending().remove(&self.stream);
     }
-}
-
-/// A stream that an agent dials back.
-#[utoipa::path(get, path = "/api/agent/streams/{stream}", tag = "agent", params(("stream" = String, Path)),
-    responses((status = 101, description = "a WebSocket with the stream's frames")), security(("bearer" = [])))]
-pub async fn dial_back(
-    State(app): State<AppState>,
-    AgentCaller(weaver): AgentCaller,
-    Path(stream): Path<String>,
-    upgrade: WebSocketUpgrade,
-) -> Answer<Response> {
-    let unknown = || Problem::new(ErrorCode::NotFound, "nobody waits for this stream");
-    let stream = stream.parse().map_err(|_| unknown())?;
-    let pending = app.streams.take(weaver, stream).ok_or_else(unknown)?;
-    let upgrade = upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME);
-    Ok(upgrade.on_upgrade(async move |socket| {
-        // Who waited may have gone; then the socket closes, and the agent sees that.
-        let _ = pending.arrived.send(Ok(socket));
-    }))
 }

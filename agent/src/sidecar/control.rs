@@ -188,11 +188,12 @@ impl Control {
     ) -> anyhow::Result<ControlFlow<Duration>> {
         let sidecar = &self.sidecar;
         match message {
-            ServerMessage::Welcome { start, grants } => {
-                sidecar.grants.replace(grants);
+            ServerMessage::Welcome { start, grants, more } => {
+                sidecar.grants.replace(grants, more);
                 // Only the first counts: what runs does not change any more.
                 sidecar.start.send_if_modified(|wanted| wanted.is_none() && wanted.replace(start).is_none());
             }
+            ServerMessage::Grants { grants, more } => sidecar.grants.and(grants, more),
             ServerMessage::Grant { serial, grant } => {
                 if sidecar.grants.add(grant) {
                     send(socket, &AgentMessage::GrantApplied { serial }).await?;

@@ -4,7 +4,7 @@
 //! next. A grant that has run out is taken away here, whether or not the server can be reached.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -42,6 +42,8 @@ impl Peers for Tunnel {
 pub(crate) struct Grants<P = Tunnel> {
     peers: P,
     held: Mutex<HashMap<WireGuardKey, Held>>,
+    /// Held from before a welcome, and not named by it so far.
+    stale: Mutex<HashSet<WireGuardKey>>,
     changed: Notify,
 }
 
@@ -54,28 +56,40 @@ struct Held {
 impl<P: Peers> Grants<P> {
     /// No grants yet.
     pub(crate) fn new(peers: P) -> Self {
-        Self { peers, held: Mutex::default(), changed: Notify::new() }
+        Self { peers, held: Mutex::default(), stale: Mutex::default(), changed: Notify::new() }
     }
 
     fn held(&self) -> MutexGuard<'_, HashMap<WireGuardKey, Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the grants exactly these.
-    pub(crate) fn replace(&self, grants: Vec<Grant>) {
-        let stale: Vec<_> =
-            self.held().keys().filter(|key| !grants.iter().any(|grant| grant.public_key == **key)).copied().collect();
-        for key in stale {
-            self.revoke(key);
-        }
+    fn stale(&self) -> MutexGuard<'_, HashSet<WireGuardKey>> {
+        self.stale.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the grants exactly these, and those that follow by [`Self::and`] when there are more.
+    pub(crate) fn replace(&self, grants: Vec<Grant>, more: bool) {
+        *self.stale() = self.held().keys().copied().collect();
+        self.and(grants, more);
+    }
+
+    /// Another page of all grants. After the last, what none of them named is removed.
+    pub(crate) fn and(&self, grants: Vec<Grant>, more: bool) {
         for grant in grants {
             self.add(grant);
+        }
+        if !more {
+            let stale = std::mem::take(&mut *self.stale());
+            for key in stale {
+                self.revoke(key);
+            }
         }
     }
 
     /// Admits one more peer, or changes it; whether it is admitted now.
     pub(crate) fn add(&self, grant: Grant) -> bool {
         let key = grant.public_key;
+        self.stale().remove(&key);
         if grant.expires_at <= Timestamp::now() {
             self.revoke(key);
             return false;
@@ -195,9 +209,9 @@ mod tests {
     #[test]
     fn a_welcome_replaces_everything() {
         let grants = Grants::new(Recorder::default());
-        grants.replace(vec![grant(1, 60), grant(2, 60)]);
+        grants.replace(vec![grant(1, 60), grant(2, 60)], false);
         assert_eq!(admitted(&grants), [1, 2]);
-        grants.replace(vec![grant(2, 60), grant(3, 60)]);
+        grants.replace(vec![grant(2, 60), grant(3, 60)], false);
         assert_eq!(admitted(&grants), [2, 3]);
         assert_eq!(grants.user(&PublicKey::from([3; 32])).as_deref(), Some("user3"));
         assert_eq!(grants.user(&PublicKey::from([1; 32])), None);
@@ -225,7 +239,7 @@ mod tests {
     #[test]
     fn a_peer_leaves_when_its_time_comes() {
         let grants = Grants::new(Recorder::default());
-        grants.replace(vec![grant(1, 10), grant(2, 100)]);
+        grants.replace(vec![grant(1, 10), grant(2, 100)], false);
         let later = Timestamp::now() + SignedDuration::from_secs(20);
         let next = grants.remove_expired(later).unwrap();
         assert!(next > later);

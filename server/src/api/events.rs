@@ -14,13 +14,11 @@ use axum::{
 use futures_util::Stream;
 use loom_api::{ErrorCode, WeaverId, weaver::WeaverEvent};
 use serde::Deserialize;
-use tokio::sync::broadcast::error::RecvError;
 
-use super::weavers::find;
+use super::{auth::UserCaller, weavers::find};
 use crate::{
-    app::AppState,
-    auth::UserCaller,
     problem::{Answer, Problem},
+    state::AppState,
 };
 
 /// Between two comments on a quiet stream: under the minute after which proxies cut it.
@@ -64,7 +62,7 @@ pub async fn events(
 /// Events as they come, until the client goes or the server stops.
 fn follow(app: AppState, weaver: WeaverId, after: i64) -> impl Stream<Item = Result<Event, Infallible>> {
     // Before the first look, so that nothing falls between the two.
-    let bell = app.events.subscribe();
+    let bell = app.events.subscribe(weaver);
     let state = (app, bell, after, Vec::new().into_iter());
     futures_util::stream::unfold(state, move |(app, mut bell, mut after, mut ready)| async move {
         loop {
@@ -78,17 +76,10 @@ fn follow(app: AppState, weaver: WeaverId, after: i64) -> impl Stream<Item = Res
             if ready.len() > 0 {
                 continue;
             }
-            loop {
-                let stopping = app.stopping.clone();
-                let rang = tokio::select! {
-                    rang = bell.recv() => rang,
-                    () = stopping.cancelled() => return None,
-                };
-                match rang {
-                    Ok(rung) if rung != weaver => {}
-                    Ok(_) | Err(RecvError::Lagged(_)) => break,
-                    Err(RecvError::Closed) => return None,
-                }
+            let stopping = app.stopping.clone();
+            tokio::select! {
+                rang = bell.changed() => rang.ok()?,
+                () = stopping.cancelled() => return None,
             }
         }
     })

@@ -11,12 +11,14 @@ use loom_api::{
     login::{CreateToken, Me, NewToken, TokenInfo, TokenKind},
 };
 
-use super::Body;
-use crate::{
-    app::AppState,
+use super::{
+    Body,
     auth::{SignInCaller, UserCaller},
+};
+use crate::{
     problem::{Answer, Problem},
     sign_in,
+    state::AppState,
     store::TokenError,
 };
 

@@ -10,11 +10,13 @@ use futures_util::StreamExt as _;
 use loom_api::{ErrorCode, agent::StreamKind};
 use serde::Deserialize;
 
-use super::weavers::find_present;
-use crate::{
-    app::AppState,
+use super::{
     auth::UserCaller,
+    weavers::{find_present, or_gone},
+};
+use crate::{
     problem::{Answer, Problem},
+    state::AppState,
 };
 
 /// What logs are asked with.
@@ -39,10 +41,11 @@ pub async fn logs(
 ) -> Answer<Response> {
     let Query(query) = query.map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.body_text()))?;
     let row = find_present(&app, &caller, &reference).await?;
-    let body = if row.ended_at.is_some() {
-        Body::from(row.tail.unwrap_or_default())
+    let body = if row.has_ended() {
+        Body::from(app.store.output(row.id).await?)
     } else {
-        let agent = app.streams.open(&app, row.id, StreamKind::Logs { follow: query.follow }).await?;
+        let opened = app.streams.open(row.id, StreamKind::Logs { follow: query.follow }).await;
+        let agent = or_gone(&app, row.id, opened).await?;
         // The stream ends where the agent closes it; a connection that is cut ends the same.
         Body::from_stream(
             agent

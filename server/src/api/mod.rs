@@ -1,12 +1,19 @@
 //! The HTTP API: every route with its handler, and the OpenAPI document that is made from the same table.
 //!
-//! Handlers are where their subject is: [`weavers`], [`events`], [`logs`], [`tunnels`] and [`login`] here; agents,
-//! streams, attach, relay and the device login in modules of their own.
+//! Handlers are where their subject is: [`weavers`], [`events`], [`logs`], [`attach`] and [`tunnels`] for users,
+//! [`agents`] and [`streams`] for agents, [`relay`] for both, [`login`] and [`device`] for those who are not in yet.
+//! [`auth`] says who is asking.
 
+pub mod agents;
+pub mod attach;
+pub mod auth;
+pub mod device;
 pub mod events;
 pub mod login;
 pub mod logs;
+pub mod relay;
 mod repository;
+pub mod streams;
 pub mod tunnels;
 pub mod weavers;
 
@@ -25,12 +32,8 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    agents,
-    app::AppState,
-    attach,
-    auth::device,
     problem::{Answer, Problem},
-    relay, streams,
+    state::AppState,
 };
 
 /// The largest request body, in bytes.

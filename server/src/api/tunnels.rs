@@ -8,33 +8,21 @@ use axum::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use loom_api::{
     ErrorCode, WireGuardKey,
-    agent::ServerMessage,
     tunnel::{OpenTunnel, SshAuthority, TunnelGrant},
 };
 
 use super::{
     Body,
+    auth::UserCaller,
     weavers::{find, find_live},
 };
 use crate::{
-    agents::complete,
-    app::AppState,
-    auth::UserCaller,
     problem::{Answer, Problem},
-    store::{DeviceError, LiveGrant},
+    state::AppState,
 };
 
-/// The most candidates of one device.
-const MOST_CANDIDATES: usize = 16;
-
-impl From<DeviceError> for Problem {
-    fn from(error: DeviceError) -> Self {
-        match error {
-            DeviceError::SomebodyElses => Self::new(ErrorCode::Forbidden, error.to_string()),
-            DeviceError::Database(error) => error.into(),
-        }
-    }
-}
+/// The most candidates of one device, or of an agent.
+pub(crate) const MAX_CANDIDATES: usize = 16;
 
 /// Admits a device to a weaver. The same again renews it.
 #[utoipa::path(post, path = "/api/weavers/{id}/tunnel", tag = "tunnels", params(("id" = String, Path)), request_body = OpenTunnel,
@@ -45,39 +33,20 @@ pub async fn open(
     Path(reference): Path<String>,
     Body(request): Body<OpenTunnel>,
 ) -> Answer<Json<TunnelGrant>> {
-    let row = find_live(&app, &caller, &reference).await?;
-    let Some(agent_key) = row.wireguard_key else {
-        return Err(Problem::new(ErrorCode::WeaverNotReady, "the weaver's agent has not connected yet")
-            .hint("loom events ID -f shows how far it is"));
-    };
-    if request.candidates.len() > MOST_CANDIDATES {
-        return Err(Problem::new(ErrorCode::InvalidRequest, format!("more than {MOST_CANDIDATES} candidates")));
+    let weaver = find_live(&app, &caller, &reference).await?.id;
+    if request.candidates.len() > MAX_CANDIDATES {
+        return Err(Problem::new(ErrorCode::InvalidRequest, format!("more than {MAX_CANDIDATES} candidates")));
     }
-    if request.public_key == agent_key {
-        return Err(Problem::new(ErrorCode::InvalidRequest, "this is the weaver's own key"));
-    }
-    let device_address = app.store.device(caller.user.id, request.public_key).await?;
-    app.store.put_grant(row.id, request.public_key, &request.candidates, row.expires_at).await?;
-    app.relay.load(&app.store).await?;
-    let live = LiveGrant {
-        weaver: row.id,
-        device: request.public_key,
-        address: device_address,
-        candidates: request.candidates,
-        expires_at: row.expires_at,
-        user: caller.user.name,
-    };
-    if let Some(grant) = complete(&app, &row, live) {
-        app.agents.grant(row.id, grant).await?;
-    }
+    let UserCaller { user, .. } = caller;
+    let admitted = app.admission.admit(user.id, &user.name, weaver, request.public_key, request.candidates).await?;
     Ok(Json(TunnelGrant {
-        weaver_id: row.id,
-        peer_key: agent_key,
-        peer_address: row.address,
-        candidates: row.candidates,
-        device_address,
-        preshared_key: app.secrets.preshared_key(&agent_key, &request.public_key),
-        expires_at: row.expires_at,
+        weaver_id: weaver,
+        peer_key: admitted.agent.wireguard_key,
+        peer_address: admitted.weaver.address,
+        candidates: admitted.agent.candidates,
+        device_address: admitted.device_address,
+        preshared_key: admitted.preshared_key,
+        expires_at: admitted.weaver.expires_at,
         ssh_ca: app.secrets.ssh_authority()?,
     }))
 }
@@ -93,10 +62,7 @@ pub async fn close(
 ) -> Answer<StatusCode> {
     let key = read_key(&key)?;
     let weaver = find(&app, &caller, &reference).await?.id;
-    if app.store.remove_grant(caller.user.id, weaver, key).await? {
-        app.relay.load(&app.store).await?;
-        app.agents.send(weaver, ServerMessage::Revoke { public_key: key });
-    }
+    app.admission.revoke(caller.user.id, weaver, key).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -110,10 +76,7 @@ pub async fn remove_device(
     Path(key): Path<String>,
 ) -> Answer<StatusCode> {
     let key = read_key(&key)?;
-    for weaver in app.store.remove_device(caller.user.id, key).await? {
-        app.agents.send(weaver, ServerMessage::Revoke { public_key: key });
-    }
-    app.relay.load(&app.store).await?;
+    app.admission.revoke_device(caller.user.id, key).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

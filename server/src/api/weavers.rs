@@ -8,20 +8,22 @@ use axum::{
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{
     ErrorCode, OrgId, WeaverId,
-    weaver::{CreateWeaver, DEFAULT_LIFETIME_HOURS, EventKind, ExtendWeaver, MAX_LIFETIME_HOURS, Weaver, WeaverStatus},
+    weaver::{
+        self as shown, CreateWeaver, DEFAULT_LIFETIME_HOURS, EventKind, ExtendWeaver, MAX_LIFETIME_HOURS, MAX_LIST,
+        WeaverStatus,
+    },
 };
 use serde::Deserialize;
 
-use super::{Body, is_dns_label, repository};
+use super::{Body, auth::UserCaller, is_dns_label, repository};
 use crate::{
-    agents::Hub,
-    app::AppState,
-    auth::UserCaller,
     fault,
     problem::{Answer, Problem},
-    reconcile,
     secrets::hash,
-    store::{EndedBy, NewWeaver, WeaverRow},
+    state::AppState,
+    store::{Added, Idempotency, Limit, Limits, MAX_FITTING, Page, Transition},
+    streams::StreamError,
+    weaver::{Event, NewWeaver, NotExtended, Weaver},
 };
 
 /// The fewest characters of a UUID that may stand for it.
@@ -40,44 +42,48 @@ fn invalid(message: impl Into<String>) -> Problem {
 /// Makes a weaver.
 #[utoipa::path(post, path = "/api/weavers", tag = "weavers", request_body = CreateWeaver,
     params(("Idempotency-Key" = Option<String>, Header, description = "tries with the same key make one weaver")),
-    responses((status = 201, body = Weaver), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
+    responses((status = 201, body = shown::Weaver), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
 pub async fn create(
     State(app): State<AppState>,
     caller: UserCaller,
     headers: HeaderMap,
     Body(request): Body<CreateWeaver>,
-) -> Answer<(StatusCode, Json<Weaver>)> {
+) -> Answer<(StatusCode, Json<shown::Weaver>)> {
     let key = idempotency_key(&headers)?;
     let body_hash = hash(&serde_json::to_string(&request).map_err(anyhow::Error::from)?);
-    if let Some(row) = earlier(&app, &caller, key, &body_hash).await? {
-        return Ok((StatusCode::CREATED, Json(show(&row, &app))));
-    }
+    let idempotency = key.map(|key| Idempotency { key, body_hash: &body_hash });
     let new = plan(&app, &caller, request)?;
-    if app.store.live_weavers(new.org_id).await? >= i64::from(app.config.max_weavers) {
-        let message = format!("the organisation has {} weavers, as many as it may", app.config.max_weavers);
-        return Err(Problem::new(ErrorCode::TooManyWeavers, message)
-            .hint("delete one that is no longer needed: loom ps, loom delete ID"));
-    }
-    let added = app.store.add_weaver(&new, key.map(|key| (key, body_hash.as_str()))).await;
-    if let Err(error) = added {
-        if !error.as_database_error().is_some_and(sqlx::error::DatabaseError::is_unique_violation) {
-            return Err(error.into());
+    let created = Event::new(EventKind::Created, format!("{} made it from {}", caller.user.name, new.image));
+    let limits = Limits { of_organisation: app.config.max_weavers, of_user: app.config.max_weavers_per_user };
+    match app.store.add_weaver(&new, idempotency, limits, &created).await? {
+        Added::New(weaver) => {
+            fault::point("weaver-recorded");
+            app.events.announce(weaver.id, &created);
+            app.reconciler.ring(weaver.id).await;
+            // Nobody listens only when the server stops.
+            let _ = app.deadlines.send(weaver.id).await;
+            Ok((StatusCode::CREATED, Json(show(&weaver, &app))))
         }
-        // Another try with the same key came between, or the name is taken.
-        return match earlier(&app, &caller, key, &body_hash).await? {
-            Some(row) => Ok((StatusCode::CREATED, Json(show(&row, &app)))),
-            None => Err(Problem::new(
-                ErrorCode::NameTaken,
-                format!("there is a weaver named {} already", new.name.unwrap_or_default()),
-            )
-            .hint("choose another --name, or delete the other weaver")),
-        };
+        Added::Earlier(weaver) => Ok((StatusCode::CREATED, Json(show(&weaver, &app)))),
+        Added::KeyUsed => {
+            Err(Problem::new(ErrorCode::IdempotencyConflict, "this Idempotency-Key was used for another request"))
+        }
+        Added::NameTaken => Err(Problem::new(
+            ErrorCode::NameTaken,
+            format!("there is a weaver named {} already", new.name.unwrap_or_default()),
+        )
+        .hint("choose another --name, or delete the other weaver")),
+        Added::TooMany(limit) => {
+            let message = match limit {
+                Limit::Organisation => {
+                    format!("the organisation has {} weavers, as many as it may", limits.of_organisation)
+                }
+                Limit::User => format!("you have {} weavers, as many as one user may", limits.of_user),
+            };
+            Err(Problem::new(ErrorCode::TooManyWeavers, message)
+                .hint("delete one that is no longer needed: loom ps, loom delete ID"))
+        }
     }
-    fault::point("weaver-recorded");
-    let row = app.store.weaver(new.id).await?.ok_or_else(|| anyhow::anyhow!("a new weaver's row is gone"))?;
-    app.events.write(new.id, EventKind::Created, format!("{} made it from {}", caller.user.name, row.image)).await;
-    app.reconciler.ring(new.id).await;
-    Ok((StatusCode::CREATED, Json(show(&row, &app))))
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Answer<Option<&str>> {
@@ -85,18 +91,6 @@ fn idempotency_key(headers: &HeaderMap) -> Answer<Option<&str>> {
     match key.to_str() {
         Ok(key) if (1..=LONGEST_KEY).contains(&key.len()) => Ok(Some(key)),
         _ => Err(invalid(format!("Idempotency-Key must be 1 to {LONGEST_KEY} visible characters"))),
-    }
-}
-
-/// The weaver that an earlier try with the same key made.
-async fn earlier(app: &AppState, caller: &UserCaller, key: Option<&str>, body_hash: &str) -> Answer<Option<WeaverRow>> {
-    let Some(key) = key else { return Ok(None) };
-    match app.store.idempotent(caller.user.id, key).await? {
-        Some((weaver, hash)) if hash == body_hash => Ok(app.store.weaver(weaver).await?),
-        Some(_) => {
-            Err(Problem::new(ErrorCode::IdempotencyConflict, "this Idempotency-Key was used for another request"))
-        }
-        None => Ok(None),
     }
 }
 
@@ -108,6 +102,10 @@ fn plan(app: &AppState, caller: &UserCaller, request: CreateWeaver) -> Answer<Ne
     {
         return Err(invalid(format!("{name:?} cannot be a weaver's name"))
             .hint("use small letters, digits and dashes, at most 63, with no dash at an end"));
+    }
+    if let Some(name) = request.name.as_deref().filter(|name| looks_like_an_id(name)) {
+        return Err(invalid(format!("the name {name:?} could be taken for the beginning of a weaver's id"))
+            .hint("use a letter from g on, or a dash, in it"));
     }
     let image = request.image.unwrap_or_else(|| app.config.default_image.clone());
     check_image(app, &image)?;
@@ -225,32 +223,41 @@ pub struct ListQuery {
     /// Those too that were deleted or whose time was up.
     #[serde(default)]
     all: bool,
+    /// Only older ones than this: the last one of the page before.
+    before: Option<WeaverId>,
+    limit: Option<u32>,
 }
 
-/// An organisation's weavers.
+/// An organisation's weavers, newest first.
 #[utoipa::path(get, path = "/api/weavers", tag = "weavers",
     params(("org" = Option<String>, Query, description = "another organisation than the personal one"),
-           ("all" = Option<bool>, Query, description = "deleted and expired ones too")),
-    responses((status = 200, body = Vec<Weaver>), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
+           ("all" = Option<bool>, Query, description = "deleted and expired ones too"),
+           ("before" = Option<String>, Query, description = "only older ones than this id: the last one of the page before"),
+           ("limit" = Option<u32>, Query, description = "the most that are listed, 1 to 1000 (and 1000 when left out); fewer mean that there are no more")),
+    responses((status = 200, body = Vec<shown::Weaver>), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
 pub async fn list(
     State(app): State<AppState>,
     caller: UserCaller,
     query: Result<Query<ListQuery>, QueryRejection>,
-) -> Answer<Json<Vec<Weaver>>> {
+) -> Answer<Json<Vec<shown::Weaver>>> {
     let Query(query) = query.map_err(|error| invalid(error.body_text()))?;
-    let rows = app.store.weavers_of(organisation(&caller, query.org)?).await?;
-    let shown = rows.iter().filter(|row| query.all || !is_removed(row));
-    Ok(Json(shown.map(|row| show(row, &app)).collect()))
+    let limit = query.limit.unwrap_or(MAX_LIST);
+    if !(1..=MAX_LIST).contains(&limit) {
+        return Err(invalid(format!("the limit must be 1 to {MAX_LIST}, not {limit}")));
+    }
+    let page = Page { with_removed: query.all, before: query.before, limit };
+    let weavers = app.store.weavers_of(organisation(&caller, query.org)?, page).await?;
+    Ok(Json(weavers.iter().map(|weaver| show(weaver, &app)).collect()))
 }
 
 /// A weaver.
 #[utoipa::path(get, path = "/api/weavers/{id}", tag = "weavers", params(("id" = String, Path, description = "id, unique prefix or name")),
-    responses((status = 200, body = Weaver), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
+    responses((status = 200, body = shown::Weaver), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
 pub async fn get(
     State(app): State<AppState>,
     caller: UserCaller,
     Path(reference): Path<String>,
-) -> Answer<Json<Weaver>> {
+) -> Answer<Json<shown::Weaver>> {
     let row = find_present(&app, &caller, &reference).await?;
     Ok(Json(show(&row, &app)))
 }
@@ -264,124 +271,143 @@ pub async fn delete(
     Path(reference): Path<String>,
 ) -> Answer<StatusCode> {
     let row = find(&app, &caller, &reference).await?;
-    if is_removed(&row) {
-        return Ok(StatusCode::NO_CONTENT); // as if this were the first time
-    }
-    reconcile::remove(&app, row.id, EndedBy::User, format!("{} deleted it", caller.user.name)).await?;
+    // One that was deleted before is deleted as if for the first time.
+    app.reconciler.delete(row.id, &caller.user.name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// Moves a weaver's deadline.
 #[utoipa::path(post, path = "/api/weavers/{id}/extend", tag = "weavers", params(("id" = String, Path)), request_body = ExtendWeaver,
-    responses((status = 200, body = Weaver), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
+    responses((status = 200, body = shown::Weaver), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
 pub async fn extend(
     State(app): State<AppState>,
     caller: UserCaller,
     Path(reference): Path<String>,
     Body(request): Body<ExtendWeaver>,
-) -> Answer<Json<Weaver>> {
+) -> Answer<Json<shown::Weaver>> {
     let found = find_live(&app, &caller, &reference).await?;
     let more = lifetime(request.hours)?;
-    let last = found.created_at + SignedDuration::from_secs_f64(MAX_LIFETIME_HOURS * 3600.0);
-    let mut too_far = false;
-    let change = |row: &mut WeaverRow| {
-        let moved = row.expires_at + more;
-        too_far = moved > last;
-        if !too_far && row.ended_at.is_none() {
-            row.expires_at = moved;
+    match app.admission.extend(found.id, more, &caller.user.name).await? {
+        Transition::Done(weaver, event) => {
+            if let Some(event) = event {
+                app.events.announce(weaver.id, &event);
+            }
+            // Nobody listens only when the server stops.
+            let _ = app.deadlines.send(weaver.id).await;
+            Ok(Json(show(&weaver, &app)))
         }
-        !too_far
-    };
-    let row = app.store.change_weaver(found.id, change).await?.unwrap_or(found);
-    if too_far {
-        return Err(Problem::new(
+        Transition::Refused(_, NotExtended::TooLong { latest }) => Err(Problem::new(
             ErrorCode::InvalidLifetime,
             format!("no weaver lives longer than {MAX_LIFETIME_HOURS} hours"),
         )
-        .hint(format!("this one can be extended until {last}")));
+        .hint(format!("this one can be extended until {latest}"))),
+        Transition::Refused(weaver, NotExtended::Ended) => Err(Problem::gone(&weaver)),
+        Transition::NoSuchWeaver => Err(Problem::gone(&found)),
     }
-    app.store.move_grants(row.id, row.expires_at).await?;
-    app.relay.load(&app.store).await?;
-    app.events
-        .write(row.id, EventKind::Extended, format!("{} moved its end to {}", caller.user.name, row.expires_at))
-        .await;
-    announce_deadline(&app.agents, &row);
-    Ok(Json(show(&row, &app)))
 }
 
-fn announce_deadline(agents: &Hub, row: &WeaverRow) {
-    // An agent that is not connected is told when it is.
-    agents.send(row.id, loom_api::agent::ServerMessage::Deadline { expires_at: row.expires_at });
+/// Whether a reference could be the beginning of a UUID, with or without `W-`: no name may be.
+fn looks_like_an_id(text: &str) -> bool {
+    let prefix = uuid_prefix(text);
+    (prefix.len() >= SHORTEST_PREFIX || prefix.len() < text.len())
+        && prefix.len() <= 36
+        && prefix.bytes().enumerate().all(|(index, byte)| match index {
+            8 | 13 | 18 | 23 => byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        })
 }
 
-/// Whether a weaver was deleted or its time was up: then it is no longer shown.
-fn is_removed(row: &WeaverRow) -> bool {
-    matches!(row.ended_by, Some(EndedBy::User | EndedBy::Deadline))
+fn uuid_prefix(text: &str) -> String {
+    let lower = text.to_ascii_lowercase();
+    lower.strip_prefix("w-").unwrap_or(&lower).to_owned()
 }
 
 /// The weaver that a caller means: by id, by a unique beginning of one, or by name. Others' weavers are not found.
-pub(crate) async fn find(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<WeaverRow> {
+pub(crate) async fn find(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<Weaver> {
     let unknown = || {
         let shown: String = reference.chars().take(64).collect();
         Problem::new(ErrorCode::WeaverNotFound, format!("there is no weaver {shown:?}"))
             .hint("loom ps lists those there are")
     };
     if let Ok(id) = reference.parse() {
-        let row = app.store.weaver(id).await?;
-        return row.filter(|row| caller.is_in(row.org_id)).ok_or_else(unknown);
+        let weaver = app.store.weaver(id).await?;
+        return weaver.filter(|weaver| caller.is_in(weaver.org_id)).ok_or_else(unknown);
     }
-    let mut rows = Vec::new();
-    for organisation in &caller.organisations {
-        rows.extend(app.store.weavers_of(organisation.id).await?);
+    if let Some(weaver) = named(app.store.weavers_named(caller.user.id, reference).await?, reference)? {
+        return Ok(weaver);
     }
-    // The newest of a name is meant; an ended one only when no live one has it.
-    let named = rows.iter().filter(|row| row.name.as_deref() == Some(reference));
-    if let Some(row) = named.max_by_key(|row| (row.ended_at.is_none(), row.created_at)) {
-        return Ok(row.clone());
-    }
-    let prefix = reference.strip_prefix("W-").unwrap_or(reference).to_ascii_lowercase();
-    if prefix.len() < SHORTEST_PREFIX {
+    if !looks_like_an_id(reference) || uuid_prefix(reference).len() < SHORTEST_PREFIX {
         return Err(unknown());
     }
-    let mut fitting = rows.into_iter().filter(|row| !is_removed(row) && row.id.uuid().to_string().starts_with(&prefix));
-    match (fitting.next(), fitting.next()) {
-        (Some(row), None) => Ok(row),
-        (None, _) => Err(unknown()),
-        (Some(one), Some(other)) => Err(Problem::new(
-            ErrorCode::WeaverAmbiguous,
-            format!("{reference} could be {}, {} or others", one.id, other.id),
-        )
-        .hint("type more of the id")),
+    let mut fitting = app.store.weavers_beginning(caller.user.id, &uuid_prefix(reference)).await?;
+    match fitting.len() {
+        0 => Err(unknown()),
+        1 => fitting.pop().ok_or_else(unknown),
+        _ => Err(ambiguous(reference, &fitting).hint("type more of the id")),
     }
+}
+
+/// The one that a name means: one that lives, else one that ended by itself and is still listed, else the last one that
+/// was removed. Where several of the same kind have the name, none of them is guessed.
+fn named(weavers: Vec<Weaver>, name: &str) -> Answer<Option<Weaver>> {
+    type Kind = fn(&Weaver) -> bool;
+    let kinds: [Kind; 2] = [|weaver| !weaver.has_ended(), |weaver| weaver.has_ended() && !weaver.is_removed()];
+    for kind in kinds {
+        let fitting: Vec<Weaver> = weavers.iter().filter(|weaver| kind(weaver)).cloned().collect();
+        if fitting.len() > 1 {
+            return Err(ambiguous(name, &fitting).hint("name one by its id: loom ps lists them"));
+        }
+        if let Some(weaver) = fitting.into_iter().next() {
+            return Ok(Some(weaver));
+        }
+    }
+    let organisation = weavers.first().map(|weaver| weaver.org_id);
+    if weavers.iter().any(|weaver| Some(weaver.org_id) != organisation) {
+        return Err(ambiguous(name, &weavers).hint("name one by its id: loom ps --all lists them"));
+    }
+    Ok(weavers.into_iter().next())
+}
+
+fn ambiguous(reference: &str, fitting: &[Weaver]) -> Problem {
+    let mut list: Vec<String> =
+        fitting.iter().take(MAX_FITTING).map(|weaver| format!("{} ({})", weaver.id, weaver.life.status())).collect();
+    if fitting.len() > MAX_FITTING {
+        list.push("others".to_owned());
+    }
+    Problem::new(ErrorCode::WeaverAmbiguous, format!("{reference} could be {}", list.join(", ")))
+}
+
+/// What was opened, or, where that failed because the weaver has ended meanwhile, that it has.
+pub(crate) async fn or_gone<T>(app: &AppState, weaver: WeaverId, opened: Result<T, StreamError>) -> Answer<T> {
+    if matches!(opened, Err(StreamError::Agent(_)))
+        && let Some(ended) = app.store.weaver(weaver).await?.filter(Weaver::has_ended)
+    {
+        return Err(Problem::gone(&ended));
+    }
+    Ok(opened?)
 }
 
 /// The same, for what needs a weaver that was not removed.
-pub(crate) async fn find_present(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<WeaverRow> {
+pub(crate) async fn find_present(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<Weaver> {
     let row = find(app, caller, reference).await?;
-    if is_removed(&row) { Err(gone(&row)) } else { Ok(row) }
+    if row.is_removed() { Err(Problem::gone(&row)) } else { Ok(row) }
 }
 
 /// The same, for what needs a weaver that has not ended.
-pub(crate) async fn find_live(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<WeaverRow> {
+pub(crate) async fn find_live(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<Weaver> {
     let row = find(app, caller, reference).await?;
-    if row.ended_at.is_some() { Err(gone(&row)) } else { Ok(row) }
+    if row.has_ended() { Err(Problem::gone(&row)) } else { Ok(row) }
 }
 
 /// The same, for what needs the main program running.
-pub(crate) async fn find_running(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<WeaverRow> {
+pub(crate) async fn find_running(app: &AppState, caller: &UserCaller, reference: &str) -> Answer<Weaver> {
     let row = find_live(app, caller, reference).await?;
-    if row.status == WeaverStatus::Running {
+    if row.life.status() == WeaverStatus::Running {
         return Ok(row);
     }
-    let reason = row.reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-    Err(Problem::new(ErrorCode::WeaverNotReady, format!("{} is {}{reason}", row.id, row.status))
+    let reason = row.life.reason().map(|reason| format!(": {reason}")).unwrap_or_default();
+    Err(Problem::new(ErrorCode::WeaverNotReady, format!("{} is {}{reason}", row.id, row.life.status()))
         .hint("loom events ID -f shows how far it is"))
-}
-
-/// That a weaver has ended, and why.
-pub(crate) fn gone(row: &WeaverRow) -> Problem {
-    let reason = row.reason.as_deref().unwrap_or("it has ended");
-    Problem::new(ErrorCode::WeaverGone, format!("{} is gone: {reason}", row.id)).hint("make another: loom new")
 }
 
 /// The digest in the name of an image, if it has one.
@@ -390,12 +416,12 @@ fn digest(image: &str) -> Option<String> {
 }
 
 /// A weaver as the API shows it.
-pub(crate) fn show(row: &WeaverRow, app: &AppState) -> Weaver {
+pub(crate) fn show(row: &Weaver, app: &AppState) -> shown::Weaver {
     let now = Timestamp::now();
     let hours = |duration: SignedDuration| (duration.as_secs_f64() / 3600.0).max(0.0);
     let agent = app.agents.info(row.id);
     let pod = app.provisioner.pod(row.id).unwrap_or_default();
-    Weaver {
+    shown::Weaver {
         id: row.id,
         name: row.name.clone(),
         org_id: row.org_id,
@@ -404,8 +430,8 @@ pub(crate) fn show(row: &WeaverRow, app: &AppState) -> Weaver {
         repo: row.repo.clone(),
         branch: row.branch.clone(),
         command: row.command.clone(),
-        status: row.status,
-        reason: row.reason.clone(),
+        status: row.life.status(),
+        reason: row.life.reason().map(ToOwned::to_owned),
         created_at: row.created_at,
         lifetime_hours: hours(row.expires_at.duration_since(row.created_at)),
         expires_at: row.expires_at,
@@ -415,10 +441,41 @@ pub(crate) fn show(row: &WeaverRow, app: &AppState) -> Weaver {
         pod_phase: pod.phase,
         pod_ip: pod.ip,
         node: pod.node,
-        image_digest: row.pinned_image.as_deref().and_then(digest).or(pod.image_digest),
-        exit_code: row.exit_code,
+        image_digest: row.resolved.as_ref().and_then(|image| digest(&image.pinned)).or(pod.image_digest),
+        exit_code: row.life.exit_code(),
         resources: row.resources,
         warnings: app.provisioner.warnings().to_vec(),
         agent,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weaver::{Ending, tests::pending};
+
+    #[test]
+    fn what_could_be_the_beginning_of_an_id_is_no_name() {
+        for id in ["0192", "dead", "deadbeef", "deadbeef-", "01927f3a-1b2c", "w-0192", "w-a"] {
+            assert!(looks_like_an_id(id), "{id}");
+        }
+        for name in ["abc", "work", "dead-beef", "cafe1x", "web", "w-work", "deadbeefs"] {
+            assert!(!looks_like_an_id(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_name_never_means_the_newer_one_of_another_organisation() {
+        let [mut live, mut ended, other] = [pending(), pending(), pending()];
+        ended.org_id = live.org_id;
+        ended.ended(Timestamp::now(), &Ending::Failed { reason: "x".to_owned() }).expect("it lives");
+        let find = |weavers: &[&Weaver]| named(weavers.iter().copied().cloned().collect(), "work");
+        assert_eq!(find(&[&live, &ended]).expect("one lives").map(|weaver| weaver.id), Some(live.id));
+        assert_eq!(find(&[&ended]).expect("one").map(|weaver| weaver.id), Some(ended.id));
+        let error = find(&[&live, &other]).expect_err("two live").0;
+        assert!(error.code == ErrorCode::WeaverAmbiguous && error.message.contains(&other.id.to_string()), "{error}");
+        live.deleted(Timestamp::now(), "ada").expect("it lives");
+        assert_eq!(find(&[&live]).expect("one").map(|weaver| weaver.id), Some(live.id));
+        assert_eq!(find(&[]).expect("none"), None);
     }
 }

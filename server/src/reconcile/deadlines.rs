@@ -1,22 +1,19 @@
 //! Ends weavers when their time is up, on the second, and warns before.
 //!
-//! The deadline is a row's, absolute; so this remembers only what it has already warned of. It looks at all live
-//! weavers when a deadline may have changed, when the next one is due, and at every sweep, whichever comes first.
+//! Deadlines are rows', absolute; what is kept here is a copy that says when to look next. One weaver's is read again
+//! when it was created or extended, and all of them at every sweep, which catches what was missed.
 
 use std::{collections::HashMap, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{WeaverId, weaver::EventKind};
 use tokio::{
-    sync::broadcast,
+    sync::mpsc,
     time::{Instant, timeout},
 };
 
-use super::remove;
-use crate::{
-    app::AppState,
-    store::{EndedBy, WeaverRow},
-};
+use super::Reconciler;
+use crate::{store::Deadline, weaver::Event};
 
 /// Before the end, when people are warned; the last first.
 const WARNINGS: [SignedDuration; 3] =
@@ -26,66 +23,119 @@ const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
 /// No deadline is waited for more finely than this.
 const FINEST: Duration = Duration::from_millis(10);
 
-/// Works until it is dropped.
-pub async fn run(app: AppState) {
-    // Created and extended weavers announce themselves by an event.
-    let mut bell = app.events.subscribe();
-    let mut warned = HashMap::new();
-    let mut forgot: Option<Instant> = None;
-    loop {
-        if forgot.is_none_or(|at| at.elapsed() >= app.config.cleanup_interval) {
-            forgot = Some(Instant::now());
-            if let Err(error) = app.store.forget_ended(Timestamp::now() - KEPT).await {
-                tracing::error!("ended weavers could not be forgotten: {error}");
+/// The weavers that live, as far as is known here.
+pub struct Deadlines {
+    reconciler: Reconciler,
+    /// Weavers whose deadline is new.
+    changed: mpsc::Receiver<WeaverId>,
+    sweep_interval: Duration,
+    known: HashMap<WeaverId, Timed>,
+}
+
+struct Timed {
+    deadline: Deadline,
+    /// The threshold that was warned of last.
+    warned: Option<SignedDuration>,
+}
+
+impl Deadlines {
+    pub fn new(reconciler: Reconciler, changed: mpsc::Receiver<WeaverId>, sweep_interval: Duration) -> Self {
+        Self { reconciler, changed, sweep_interval, known: HashMap::new() }
+    }
+
+    /// Works until it is dropped.
+    pub async fn run(mut self) {
+        let mut swept: Option<Instant> = None;
+        loop {
+            if swept.is_none_or(|at| at.elapsed() >= self.sweep_interval) {
+                swept = Some(Instant::now());
+                if let Err(error) = self.sweep().await {
+                    tracing::error!("the sweep failed and is repeated in {:?}: {error:#}", self.sweep_interval);
+                }
+            }
+            let until_sweep = self.sweep_interval.saturating_sub(swept.map_or(Duration::ZERO, |at| at.elapsed()));
+            let wait = self.act().await.min(until_sweep).max(FINEST);
+            match timeout(wait, self.changed.recv()).await {
+                Ok(Some(weaver)) => self.read(weaver).await,
+                Ok(None) => return,
+                Err(_) => {}
             }
         }
-        let wait = match look(&app, &mut warned).await {
-            Ok(wait) => wait.min(app.config.cleanup_interval).max(FINEST),
-            Err(error) => {
-                tracing::error!("the deadlines could not be looked at: {error:#}");
-                app.config.cleanup_interval
+    }
+
+    /// Reads all deadlines, and forgets what is too old.
+    async fn sweep(&mut self) -> anyhow::Result<()> {
+        let live = self.reconciler.store.deadlines().await?;
+        let mut before = std::mem::take(&mut self.known);
+        self.known = live
+            .into_iter()
+            .map(|deadline| {
+                let warned = before.remove(&deadline.weaver).and_then(|timed| timed.warned);
+                (deadline.weaver, Timed { deadline, warned })
+            })
+            .collect();
+        self.reconciler.store.forget_ended(Timestamp::now() - KEPT).await?;
+        self.reconciler.admission.forget_unused().await?;
+        Ok(())
+    }
+
+    async fn read(&mut self, weaver: WeaverId) {
+        match self.reconciler.store.weaver(weaver).await {
+            Ok(Some(row)) if !row.has_ended() => {
+                let deadline = Deadline { weaver, created_at: row.created_at, expires_at: row.expires_at };
+                let warned = self.known.remove(&weaver).and_then(|timed| timed.warned);
+                self.known.insert(weaver, Timed { deadline, warned });
             }
+            Ok(_) => drop(self.known.remove(&weaver)),
+            // The next sweep reads it.
+            Err(error) => tracing::error!(%weaver, "its deadline cannot be read: {error}"),
+        }
+    }
+
+    /// Ends and warns what is due; how long until the next is.
+    async fn act(&mut self) -> Duration {
+        let now = Timestamp::now();
+        let due: Vec<_> = self.known.values().map(|timed| timed.deadline).filter(|it| it.expires_at <= now).collect();
+        for Deadline { weaver, .. } in due {
+            match self.reconciler.expire(weaver).await {
+                Ok(()) => self.read(weaver).await,
+                Err(error) => {
+                    tracing::error!(%weaver, "it should have ended by now, and is ended by the next sweep: {error:#}");
+                    self.known.remove(&weaver);
+                }
+            }
+        }
+        let mut next = self.sweep_interval;
+        let mut warnings = Vec::new();
+        for timed in self.known.values_mut() {
+            let left = timed.deadline.expires_at.duration_since(now);
+            if let Some(minutes) = timed.next_warning(left) {
+                let message = format!("it ends in {minutes} min, at {}", timed.deadline.expires_at);
+                warnings.push((timed.deadline.weaver, Event::new(EventKind::Expiring, message)));
+            }
+            let until =
+                WARNINGS.iter().map(|before| left - *before).filter(|until| until.is_positive()).min().unwrap_or(left);
+            next = next.min(until.unsigned_abs());
+        }
+        for (weaver, warning) in warnings {
+            self.reconciler.events.write(weaver, warning).await;
+        }
+        next
+    }
+}
+
+impl Timed {
+    /// Each threshold is warned of once, by its minutes. A weaver created or extended inside one gets no warning for it.
+    fn next_warning(&mut self, left: SignedDuration) -> Option<i64> {
+        let lifetime = self.deadline.expires_at.duration_since(self.deadline.created_at);
+        let Some(threshold) = WARNINGS.into_iter().find(|threshold| left <= *threshold) else {
+            self.warned = None;
+            return None;
         };
-        if let Ok(Err(broadcast::error::RecvError::Closed)) = timeout(wait, bell.recv()).await {
-            return;
+        if lifetime <= threshold || self.warned == Some(threshold) {
+            return None;
         }
-        // What rang meanwhile is seen by the same look.
-        while let Ok(_) | Err(broadcast::error::TryRecvError::Lagged(_)) = bell.try_recv() {}
+        self.warned = Some(threshold);
+        Some(threshold.as_mins())
     }
-}
-
-/// Ends and warns what is due; how long until the next is.
-async fn look(app: &AppState, warned: &mut HashMap<WeaverId, SignedDuration>) -> anyhow::Result<Duration> {
-    let now = Timestamp::now();
-    let mut next = app.config.cleanup_interval;
-    let rows = app.store.all_live().await?;
-    warned.retain(|weaver, _| rows.iter().any(|row| row.id == *weaver));
-    for row in rows {
-        if row.expires_at <= now {
-            remove(app, row.id, EndedBy::Deadline, format!("its time was up at {}", row.expires_at)).await?;
-            continue;
-        }
-        let left = row.expires_at.duration_since(now);
-        warn(app, &row, left, warned).await;
-        let until =
-            WARNINGS.iter().map(|before| left - *before).filter(|until| until.is_positive()).min().unwrap_or(left);
-        next = next.min(until.unsigned_abs());
-    }
-    Ok(next)
-}
-
-/// Warns once at each threshold that a weaver passes. One that is made, or extended, below a threshold is not warned of
-/// it.
-async fn warn(app: &AppState, row: &WeaverRow, left: SignedDuration, warned: &mut HashMap<WeaverId, SignedDuration>) {
-    let lifetime = row.expires_at.duration_since(row.created_at);
-    let Some(threshold) = WARNINGS.into_iter().find(|threshold| left <= *threshold) else {
-        warned.remove(&row.id);
-        return;
-    };
-    if lifetime <= threshold || warned.get(&row.id) == Some(&threshold) {
-        return;
-    }
-    warned.insert(row.id, threshold);
-    let minutes = threshold.as_mins();
-    app.events.write(row.id, EventKind::Expiring, format!("it ends in {minutes} min, at {}", row.expires_at)).await;
 }

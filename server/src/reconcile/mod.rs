@@ -1,359 +1,359 @@
 //! Closes the difference between what should be (rows) and what is (pods), one weaver at a time.
 //!
-//! [`reconcile`] looks at one weaver's row and pod and takes the next step; it may be called at any time and again, and
-//! remembers nothing. [`run`] calls it for each weaver whose bell rang, for all of them at the start, and again after a
-//! while when it failed. [`end`] is the one way in which a weaver ends by itself. [`deadlines`] ends those whose time
-//! is up.
+//! [`Reconciler::run`] looks at one weaver's row and pod and takes the next step, for each weaver whose bell rang, for
+//! all of them at the start, and again after a while when it failed. A step may be taken at any time and again, and
+//! remembers nothing. [`queue`] decides whose turn it is. [`Reconciler::end`] is the one way in which a weaver ends by
+//! itself. [`deadlines`] ends those whose time is up.
 
 pub mod deadlines;
+pub mod queue;
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use jiff::Timestamp;
-use loom_api::{
-    WeaverId,
-    agent::ServerMessage,
-    weaver::{EventKind, WeaverStatus},
-};
+use loom_api::{WeaverId, weaver::EventKind};
 use tokio::{
     sync::mpsc,
-    task::JoinSet,
+    task::{self, JoinSet},
     time::{Instant, sleep_until},
 };
 
 use crate::{
-    app::AppState,
+    admission::Admission,
+    agents::Hub,
+    events::Events,
     fault,
-    provision::{PodPhase, PodSpec, ProvisionError},
-    store::{EndedBy, WeaverRow},
+    metrics::Metrics,
+    provision::{PodPhase, PodSpec, ProvisionError, Provisioner},
+    store::{Store, Transition},
+    weaver::{Ending, Event, Unchanged, Weaver},
 };
+use queue::Queue;
 
-/// Weavers that are worked on at the same time.
-const WORKERS: usize = 8;
-/// Before the first new try after a failure; doubles to [`MOST_BACK_OFF`].
+/// Before the first new try after a failure; doubles to [`MAX_BACK_OFF`].
 const BACK_OFF: Duration = Duration::from_millis(500);
-/// See [`BACK_OFF`].
-const MOST_BACK_OFF: Duration = Duration::from_secs(10);
+const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 
-/// The reconciler's door bell. Cheap to clone.
+/// Makes what is what should be. Cheap to clone.
 #[derive(Clone)]
-pub struct Reconciler(mpsc::Sender<WeaverId>);
+pub struct Reconciler(Arc<Parts>);
+
+/// What it works with.
+pub struct Parts {
+    pub store: Store,
+    pub provisioner: Arc<dyn Provisioner>,
+    pub events: Events,
+    pub admission: Arc<Admission>,
+    pub agents: Arc<Hub>,
+    pub metrics: Arc<Metrics>,
+    /// Where weavers that must be looked at are named; the backend names them there, too.
+    pub bell: mpsc::Sender<WeaverId>,
+}
+
+/// What a task of [`Reconciler::run`] did.
+enum Done {
+    /// A step for one weaver.
+    Step(Result<()>),
+    /// A look at everything there is.
+    Listing(Result<Vec<WeaverId>>),
+}
+
+impl std::ops::Deref for Reconciler {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
 
 impl Reconciler {
-    /// A bell that rings in `queue`.
-    #[must_use]
-    pub const fn new(queue: mpsc::Sender<WeaverId>) -> Self {
-        Self(queue)
+    pub fn new(parts: Parts) -> Self {
+        Self(Arc::new(parts))
     }
 
     /// Has a weaver looked at.
     pub async fn ring(&self, weaver: WeaverId) {
-        // The reconciler is gone only when the server stops; the next one looks at everything.
-        let _ = self.0.send(weaver).await;
+        // Nobody listens only when the server stops; the next one looks at everything.
+        let _ = self.bell.send(weaver).await;
     }
-}
 
-/// How a weaver ends by itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
-    /// Its main program ended.
-    Exited {
-        /// The exit code, or 128 plus the signal.
-        code: i32,
-        /// The end of its output.
-        tail: Vec<u8>,
-        /// Whether it was killed because the weaver's memory was used up.
-        out_of_memory: bool,
-    },
-    /// It could not become, or stay, what was asked for.
-    Failed {
-        /// Why, in words.
-        reason: String,
-    },
-}
-
-/// Works until it is dropped: on every weaver that rings, and on all at the start.
-pub async fn run(app: AppState, mut bell: mpsc::Receiver<WeaverId>) {
-    let mut due: BTreeMap<(Instant, WeaverId), ()> = BTreeMap::new();
-    for weaver in everything(&app).await {
-        due.insert((Instant::now(), weaver), ());
-    }
-    let mut failures: HashMap<WeaverId, u32> = HashMap::new();
-    let (mut working, mut again): (HashSet<WeaverId>, HashSet<WeaverId>) = Default::default();
-    let mut workers = JoinSet::new();
-    loop {
-        while workers.len() < WORKERS
-            && let Some(entry) = due.first_entry()
-            && entry.key().0 <= Instant::now()
-        {
-            let (at, weaver) = entry.remove_entry().0;
-            if !working.insert(weaver) {
-                again.insert(weaver);
-                continue;
+    /// Works until it is dropped: on every weaver that is named in `bell`, and on all at the start.
+    pub async fn run(self, mut bell: mpsc::Receiver<WeaverId>) {
+        let mut queue = Queue::default();
+        let mut failures = Failures::default();
+        let mut tasks = JoinSet::new();
+        // Which weaver a task works on: one that panics cannot say so itself.
+        let mut weavers: HashMap<task::Id, WeaverId> = HashMap::new();
+        let mut list_at = Some(Instant::now());
+        loop {
+            let now = Instant::now();
+            while let Some(weaver) = queue.pop_due(now) {
+                queue.push(now, weaver, self.store.lane(weaver).await);
             }
-            app.metrics.reconcile_lag.observe(at.elapsed().as_secs_f64());
-            let app = app.clone();
-            workers.spawn(async move { (weaver, reconcile(&app, weaver).await) });
-        }
-        let next = due.first_key_value().map(|((at, _), ())| *at);
-        tokio::select! {
-            rang = bell.recv() => match rang {
-                Some(weaver) => drop(due.insert((Instant::now(), weaver), ())),
-                None => return,
-            },
-            Some(done) = workers.join_next() => {
-                let Ok((weaver, result)) = done else { continue };
-                working.remove(&weaver);
-                if again.remove(&weaver) {
-                    due.insert((Instant::now(), weaver), ());
-                }
-                match result {
-                    Ok(()) => drop(failures.remove(&weaver)),
-                    Err(error) => {
-                        let count = failures.entry(weaver).or_default();
-                        let wait = (BACK_OFF * 2_u32.saturating_pow(*count)).min(MOST_BACK_OFF);
-                        *count = (*count + 1).min(16);
-                        app.metrics.reconcile_failures.inc();
-                        tracing::warn!(%weaver, "tried again in {wait:?}: {error:#}");
-                        due.insert((Instant::now() + wait, weaver), ());
+            while let Some((weaver, since)) = queue.start() {
+                self.metrics.reconcile_lag.observe(since.elapsed().as_secs_f64());
+                let this = self.clone();
+                let task = tasks.spawn(async move { Done::Step(this.step(weaver).await) });
+                weavers.insert(task.id(), weaver);
+            }
+            if list_at.take_if(|at| *at <= now).is_some() {
+                let this = self.clone();
+                tasks.spawn(async move { Done::Listing(this.everything().await) });
+            }
+            let next = [queue.next_due(), list_at].into_iter().flatten().min();
+            tokio::select! {
+                rang = bell.recv() => match rang {
+                    Some(weaver) => queue.push(Instant::now(), weaver, self.store.lane(weaver).await),
+                    None => return,
+                },
+                Some(done) = tasks.join_next_with_id() => {
+                    let (id, done) = match done {
+                        Ok((id, done)) => (id, Ok(done)),
+                        Err(error) => (error.id(), Err(error)),
+                    };
+                    let weaver = weavers.remove(&id);
+                    if done.is_err() {
+                        self.metrics.panics.inc();
+                    }
+                    match (weaver, done) {
+                        (Some(weaver), done) => {
+                            if queue.done(weaver) {
+                                queue.later(Instant::now(), weaver);
+                            }
+                            let result = match done {
+                                Ok(Done::Step(result)) => result,
+                                Ok(Done::Listing(_)) => Ok(()),
+                                Err(error) => Err(error).context("a fault of the server's own"),
+                            };
+                            match result {
+                                Ok(()) => failures.forget(weaver),
+                                Err(error) => {
+                                    let wait = failures.next_wait(weaver);
+                                    self.metrics.reconcile_failures.inc();
+                                    tracing::warn!(%weaver, "tried again in {wait:?}: {error:#}");
+                                    queue.later(Instant::now() + wait, weaver);
+                                }
+                            }
+                        }
+                        (None, Ok(Done::Listing(Ok(all)))) => {
+                            for weaver in all {
+                                queue.later(Instant::now(), weaver);
+                            }
+                        }
+                        (None, failed) => {
+                            let error = match failed {
+                                Ok(Done::Listing(Err(error))) => error,
+                                Ok(_) => anyhow::anyhow!("a task that nobody started"),
+                                Err(error) => error.into(),
+                            };
+                            tracing::error!("what exists is listed again in {MAX_BACK_OFF:?}: {error:#}");
+                            list_at = Some(Instant::now() + MAX_BACK_OFF);
+                        }
                     }
                 }
+                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
-            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() && workers.len() < WORKERS => {}
         }
     }
-}
 
-/// Every weaver that has a row without an end, or a pod.
-async fn everything(app: &AppState) -> HashSet<WeaverId> {
-    let mut all = HashSet::new();
-    match app.store.all_live().await {
-        Ok(rows) => all.extend(rows.into_iter().map(|row| row.id)),
-        Err(error) => tracing::error!("the weavers could not be listed: {error}"),
+    /// Every weaver that has not ended, or has a pod.
+    async fn everything(&self) -> Result<Vec<WeaverId>> {
+        let mut all = self.store.live_weavers().await.context("listing the weavers")?;
+        // What is known of is looked at already, even when the backend does not answer yet.
+        for weaver in &all {
+            self.ring(*weaver).await;
+        }
+        all.extend(self.provisioner.list().await.context("listing the pods")?);
+        Ok(all)
     }
-    match app.provisioner.list().await {
-        Ok(pods) => all.extend(pods),
-        Err(error) => tracing::error!("the pods could not be listed: {error}"),
-    }
-    all
-}
 
-/// Takes the next step for one weaver.
-///
-/// # Errors
-///
-/// When it could not be taken now.
-pub async fn reconcile(app: &AppState, weaver: WeaverId) -> Result<()> {
-    let row = app.store.weaver(weaver).await?;
-    let Some(row) = row.filter(|row| row.wanted) else {
-        // Deleted, ended, or never ours: there must be nothing. The agent may say its last words, or it would wait for
-        // us to hear them.
-        let gone = app.provisioner.remove(weaver).await?;
-        fault::point("pod-removed");
-        if gone {
-            app.agents.disconnect(weaver);
+    /// Takes the next step for one weaver.
+    async fn step(&self, weaver: WeaverId) -> Result<()> {
+        let row = self.store.weaver(weaver).await?;
+        if row.as_ref().is_some_and(Weaver::has_ended) {
+            // Also when whoever ended it did not come so far.
+            self.admission.end(weaver).await?;
         }
-        return Ok(());
-    };
-    let pod = match app.provisioner.observe(weaver).await {
-        Ok(pod) => pod,
-        Err(error) => return later(app, &row, "it is not known how its pod is", error).await,
-    };
-    match pod {
-        None if row.agent_version.is_some() => {
-            let reason = "its pod is gone: it was removed from outside of Loom".to_owned();
-            end(app, weaver, End::Failed { reason }).await
-        }
-        None => make(app, &row).await,
-        Some(pod) if pod.is_leaving && !pod.phase.is_final() => {
-            let reason = pod.reason.unwrap_or_else(|| "its pod is being removed from outside of Loom".to_owned());
-            end(app, weaver, End::Failed { reason }).await
-        }
-        Some(pod) => match (pod.phase, pod.exit_code) {
-            (phase @ (PodPhase::Pending | PodPhase::Running), _) => {
-                if let Some(reason) = pod.reason.filter(|_| phase == PodPhase::Pending) {
-                    note(app, &row, reason).await?;
+        let Some(row) = row.filter(|row| !row.has_ended()) else {
+            // Deleted, ended, or never ours: there must be nothing. The agent may say its last words, or it would wait for
+            // us to hear them.
+            let gone = self.provisioner.remove(weaver).await?;
+            fault::point("pod-removed");
+            if gone {
+                self.agents.disconnect(weaver);
+            }
+            return Ok(());
+        };
+        let pod = match self.provisioner.observe(weaver).await {
+            Ok(pod) => pod,
+            Err(error) => return self.later(&row, "it is not known how its pod is", error).await,
+        };
+        match pod {
+            None if row.agent.is_some() => {
+                let reason = "its pod is gone: it was removed from outside of Loom".to_owned();
+                self.end(weaver, Ending::Failed { reason }).await
+            }
+            None => self.make(&row).await,
+            Some(pod) if pod.is_leaving && !pod.phase.is_final() => {
+                let reason = pod.reason.unwrap_or_else(|| "its pod is being removed from outside of Loom".to_owned());
+                self.end(weaver, Ending::Failed { reason }).await
+            }
+            Some(pod) => match (pod.phase, pod.exit_code) {
+                (phase @ (PodPhase::Pending | PodPhase::Running), _) => {
+                    if let Some(reason) = pod.reason.filter(|_| phase == PodPhase::Pending) {
+                        self.note(&row, &reason).await?;
+                    }
+                    // Also when it is there: so that it is watched.
+                    Ok(self.provisioner.ensure(&pod_spec(&row)).await?)
                 }
-                // Also when it is there: so that it is watched.
-                Ok(app.provisioner.ensure(&pod_spec(&row)).await?)
+                (_, Some(code)) if pod.reason.is_none() => {
+                    self.end(weaver, Ending::Exited { code, out_of_memory: false }).await
+                }
+                (_, _) => {
+                    let reason = pod.reason.unwrap_or_else(|| "its pod failed".to_owned());
+                    self.end(weaver, Ending::Failed { reason }).await
+                }
+            },
+        }
+    }
+
+    async fn make(&self, row: &Weaver) -> Result<()> {
+        if row.resolved.is_none() && !self.resolve(row).await? {
+            // Its row was changed, which is looked at anew.
+            self.ring(row.id).await;
+            return Ok(());
+        }
+        match self.provisioner.ensure(&pod_spec(row)).await {
+            Ok(()) => {
+                fault::point("pod-made");
+                self.events.write(row.id, Event::new(EventKind::Started, "its processes have been started")).await;
+                // It may have been deleted while it was made; then it has to go again.
+                self.ring(row.id).await;
+                Ok(())
             }
-            (_, Some(code)) if pod.reason.is_none() => {
-                end(app, weaver, End::Exited { code, tail: Vec::new(), out_of_memory: false }).await
+            Err(ProvisionError::Refused(reason)) => self.end(row.id, Ending::Failed { reason }).await,
+            Err(error) => self.later(row, "it cannot be started yet", error).await,
+        }
+    }
+
+    /// Says why the next step of a weaver that is being made has to wait, and fails with that.
+    async fn later(&self, row: &Weaver, what: &str, error: ProvisionError) -> Result<()> {
+        // One that runs has nothing to wait for.
+        if row.agent.is_none() {
+            self.note(row, &format!("{what}: {error}")).await?;
+        }
+        Err(error.into())
+    }
+
+    /// Finds out what the image is, and writes it down before there is a pod: what a weaver runs must not change with the
+    /// image's name. Whether the pod can be made from the row as it is.
+    async fn resolve(&self, row: &Weaver) -> Result<bool> {
+        let image = match self.provisioner.resolve(&row.image).await {
+            Ok(Some(image)) => image,
+            Ok(None) => return Ok(true),
+            // Then the image need not say what it runs; whether there is one, the node will see.
+            Err(ProvisionError::Refused(reason)) if row.command.is_some() => {
+                tracing::info!(weaver = %row.id, "its image is not pinned: {reason}");
+                return Ok(true);
             }
-            (_, _) => {
-                let reason = pod.reason.unwrap_or_else(|| "its pod failed".to_owned());
-                end(app, weaver, End::Failed { reason }).await
+            Err(ProvisionError::Refused(reason)) => {
+                self.end(row.id, Ending::Failed { reason }).await?;
+                return Ok(false);
             }
-        },
+            Err(error) => return self.later(row, "its image is not known yet", error).await.map(|()| false),
+        };
+        if row.command.is_none() && image.command.is_empty() {
+            let reason = format!("the image {} names no program to run: give one, with loom new … -- CMD", row.image);
+            self.end(row.id, Ending::Failed { reason }).await?;
+            return Ok(false);
+        }
+        // One that has ended meanwhile is cleaned up by whoever ended it.
+        self.store.transition(row.id, |row| row.image_resolved(&image).map(|()| None)).await?;
+        fault::point("image-pinned");
+        Ok(false)
+    }
+
+    /// Says why a weaver is not there yet, once for each reason.
+    async fn note(&self, row: &Weaver, reason: &str) -> Result<()> {
+        if row.life.reason() != Some(reason) {
+            self.transition(row.id, |row| row.waits(reason)).await?;
+        }
+        Ok(())
+    }
+
+    /// A weaver's main program runs.
+    pub async fn ran(&self, weaver: WeaverId) -> Result<()> {
+        self.transition(weaver, Weaver::ran).await?;
+        Ok(())
+    }
+
+    /// Ends a weaver, once: later ends of the same weaver change nothing.
+    pub async fn end(&self, weaver: WeaverId, ending: Ending) -> Result<()> {
+        if self.transition(weaver, |row| row.ended(Timestamp::now(), &ending)).await? {
+            self.clean_up(weaver).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends a weaver because a user says so, or hides one that has ended.
+    pub async fn delete(&self, weaver: WeaverId, user: &str) -> Result<()> {
+        self.transition(weaver, |row| row.deleted(Timestamp::now(), user)).await?;
+        fault::point("end-recorded");
+        self.clean_up(weaver).await
+    }
+
+    /// Ends a weaver whose deadline has passed.
+    pub async fn expire(&self, weaver: WeaverId) -> Result<()> {
+        if self.transition(weaver, |row| row.expired(Timestamp::now())).await? {
+            self.clean_up(weaver).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes a step of a weaver's life and tells of it; whether there was one.
+    async fn transition(
+        &self,
+        weaver: WeaverId,
+        change: impl FnOnce(&mut Weaver) -> Result<Event, Unchanged>,
+    ) -> Result<bool> {
+        match self.store.transition(weaver, |row| change(row).map(Some)).await? {
+            Transition::Done(_, event) => {
+                if let Some(event) = event {
+                    self.events.announce(weaver, &event);
+                }
+                Ok(true)
+            }
+            Transition::Refused(..) | Transition::NoSuchWeaver => Ok(false),
+        }
+    }
+
+    /// Cuts an ended weaver off, and has its pod removed.
+    async fn clean_up(&self, weaver: WeaverId) -> Result<()> {
+        self.admission.end(weaver).await?;
+        self.ring(weaver).await;
+        Ok(())
     }
 }
 
-fn pod_spec(row: &WeaverRow) -> PodSpec {
-    let image = row.pinned_image.as_ref().unwrap_or(&row.image).clone();
+fn pod_spec(row: &Weaver) -> PodSpec {
+    let image = row.resolved.as_ref().map_or(&row.image, |image| &image.pinned).clone();
     PodSpec { weaver: row.id, image, resources: row.resources }
 }
 
-async fn make(app: &AppState, row: &WeaverRow) -> Result<()> {
-    if row.pinned_image.is_none() && !resolve(app, row).await? {
-        // Its row was changed, which is looked at anew.
-        app.reconciler.ring(row.id).await;
-        return Ok(());
-    }
-    match app.provisioner.ensure(&pod_spec(row)).await {
-        Ok(()) => {
-            fault::point("pod-made");
-            app.events.write(row.id, EventKind::Started, "its processes have been started").await;
-            // It may have been deleted while it was made; then it has to go again.
-            app.reconciler.ring(row.id).await;
-            Ok(())
-        }
-        Err(ProvisionError::Refused(reason)) => end(app, row.id, End::Failed { reason }).await,
-        Err(error) => later(app, row, "it cannot be started yet", error).await,
-    }
-}
+/// How often each weaver's steps have failed in a row.
+#[derive(Default)]
+struct Failures(HashMap<WeaverId, u32>);
 
-/// Says why the next step of a weaver that is being made has to wait, and fails with that.
-async fn later(app: &AppState, row: &WeaverRow, what: &str, error: ProvisionError) -> Result<()> {
-    // One that runs has nothing to wait for.
-    if row.agent_version.is_none() {
-        note(app, row, format!("{what}: {error}")).await?;
+impl Failures {
+    fn next_wait(&mut self, weaver: WeaverId) -> Duration {
+        let count = self.0.entry(weaver).or_default();
+        let wait = (BACK_OFF * 2_u32.saturating_pow(*count)).min(MAX_BACK_OFF);
+        *count = (*count + 1).min(16);
+        wait
     }
-    Err(error.into())
-}
 
-/// Finds out what the image is, and writes it down before there is a pod: what a weaver runs must not change with the
-/// image's name. Whether the pod can be made from the row as it is.
-async fn resolve(app: &AppState, row: &WeaverRow) -> Result<bool> {
-    let image = match app.provisioner.resolve(&row.image).await {
-        Ok(Some(image)) => image,
-        Ok(None) => return Ok(true),
-        // Then the image need not say what it runs; whether there is one, the node will see.
-        Err(ProvisionError::Refused(reason)) if row.command.is_some() => {
-            tracing::info!(weaver = %row.id, "its image is not pinned: {reason}");
-            return Ok(true);
-        }
-        Err(ProvisionError::Refused(reason)) => {
-            end(app, row.id, End::Failed { reason }).await?;
-            return Ok(false);
-        }
-        Err(error) => return later(app, row, "its image is not known yet", error).await.map(|()| false),
-    };
-    if row.command.is_none() && image.command.is_empty() {
-        let reason = format!("the image {} names no program to run: give one, with loom new … -- CMD", row.image);
-        end(app, row.id, End::Failed { reason }).await?;
-        return Ok(false);
+    fn forget(&mut self, weaver: WeaverId) {
+        self.0.remove(&weaver);
     }
-    let found = |row: &mut WeaverRow| {
-        row.pinned_image = Some(image.pinned.clone());
-        row.image_command = Some(image.command.clone());
-        row.ended_at.is_none()
-    };
-    app.store.change_weaver(row.id, found).await?;
-    fault::point("image-pinned");
-    Ok(false)
-}
-
-/// Says why a weaver is not there yet, once for each reason.
-async fn note(app: &AppState, row: &WeaverRow, reason: String) -> Result<()> {
-    if row.reason.as_deref() == Some(&reason) {
-        return Ok(());
-    }
-    app.events.write(row.id, EventKind::Backend, reason.clone()).await;
-    let noted = |row: &mut WeaverRow| {
-        row.reason = Some(reason.clone());
-        row.ended_at.is_none()
-    };
-    app.store.change_weaver(row.id, noted).await?;
-    Ok(())
-}
-
-/// Ends a weaver, once: later ends of the same weaver change nothing but a missing output.
-///
-/// # Errors
-///
-/// The database's.
-pub async fn end(app: &AppState, weaver: WeaverId, end: End) -> Result<()> {
-    let mut first = false;
-    let change = |row: &mut WeaverRow| {
-        first = row.ended_at.is_none();
-        if !first {
-            return false;
-        }
-        match &end {
-            End::Exited { code, tail, out_of_memory } => {
-                row.status = if *code == 0 { WeaverStatus::Succeeded } else { WeaverStatus::Failed };
-                row.reason = Some(if *out_of_memory {
-                    let limit = row.resources.memory_mb;
-                    format!("the main program was killed because it ran out of memory: its limit is {limit} MiB")
-                } else {
-                    format!("the main program exited with code {code}")
-                });
-                row.exit_code = Some(*code);
-                row.tail = Some(tail.clone());
-            }
-            End::Failed { reason } => {
-                row.status = WeaverStatus::Failed;
-                row.reason = Some(reason.clone());
-            }
-        }
-        row.ended_at = Some(Timestamp::now());
-        row.ended_by = Some(EndedBy::Itself);
-        row.wanted = false;
-        true
-    };
-    let row = app.store.change_weaver(weaver, change).await?;
-    if first && let Some(row) = row {
-        let kind = if matches!(end, End::Exited { .. }) { EventKind::Exited } else { EventKind::Failed };
-        app.events.write(weaver, kind, row.reason.unwrap_or_default()).await;
-        clean_up(app, weaver).await?;
-    }
-    Ok(())
-}
-
-/// Ends a weaver because a user or its deadline says so. Whether it had not ended before.
-///
-/// # Errors
-///
-/// The database's.
-pub async fn remove(app: &AppState, weaver: WeaverId, by: EndedBy, reason: String) -> Result<bool> {
-    let mut first = false;
-    let change = |row: &mut WeaverRow| {
-        // One that ended by itself may still be deleted: then it is no longer shown.
-        first = row.ended_by.is_none_or(|by| by == EndedBy::Itself);
-        if first {
-            row.ended_at.get_or_insert_with(Timestamp::now);
-            row.ended_by = Some(by);
-            row.reason = Some(reason.clone());
-            if !row.status.is_final() {
-                row.status = WeaverStatus::Succeeded;
-            }
-            row.wanted = false;
-        }
-        first
-    };
-    app.store.change_weaver(weaver, change).await?;
-    fault::point("end-recorded");
-    if first {
-        let kind = if by == EndedBy::Deadline { EventKind::Expired } else { EventKind::Deleted };
-        app.events.write(weaver, kind, reason).await;
-    }
-    clean_up(app, weaver).await?;
-    Ok(first)
-}
-
-/// Cuts an ended weaver off, and has its pod removed.
-async fn clean_up(app: &AppState, weaver: WeaverId) -> Result<()> {
-    // At once: until its pod is gone, the weaver could still be reached.
-    let grants = app.store.remove_grants(weaver).await?;
-    fault::point("grants-removed");
-    for public_key in grants {
-        app.agents.send(weaver, ServerMessage::Revoke { public_key });
-    }
-    app.relay.load(&app.store).await?;
-    app.reconciler.ring(weaver).await;
-    Ok(())
 }

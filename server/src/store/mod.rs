@@ -21,10 +21,10 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous},
 };
 
-pub use identity::{Approval, DevicePoll, OrgRecord, UserRecord};
+pub use identity::{Approval, DevicePoll};
 pub use tokens::{Token, TokenError, TokenOwner};
-pub use tunnels::{DeviceError, LiveGrant};
-pub use weavers::{EndedBy, NewWeaver, WeaverRow};
+pub use tunnels::{GRANT_PAGE, KeyError, KeyOwner, LiveGrant};
+pub use weavers::{Added, Deadline, Idempotency, Limit, Limits, MAX_FITTING, Page, Transition};
 
 use crate::secrets::random;
 

@@ -1,22 +1,35 @@
-//! Devices, and which of them may reach which weaver until when.
+//! WireGuard keys, devices, and which of them may reach which weaver until when.
 
 use std::net::{Ipv6Addr, SocketAddr};
 
 use jiff::Timestamp;
 use loom_api::{UserId, WeaverId, WireGuardKey};
+use sqlx::{Sqlite, Transaction};
 
-use super::{Store, millis, parsed, timestamp};
+use super::{Store, millis, parsed, timestamp, weavers};
+use crate::weaver::Weaver;
 
 /// The part of the deployment's prefix that devices live in.
 const DEVICE_SUBNET: u16 = 0xd;
+/// The most devices of one user: each command-line daemon is one, and those unused are forgotten.
+const MAX_DEVICES: i64 = 1_000;
+/// The most grants of one weaver, and of one user's devices together.
+const MAX_GRANTS: i64 = 10_000;
+/// How many grants are read at once.
+pub const GRANT_PAGE: u32 = 256;
 
-/// Why a device cannot be used.
+/// Why a device is not admitted, or an agent not registered.
 #[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// Its key belongs to another user.
-    #[error("this WireGuard key belongs to another user")]
-    SomebodyElses,
-    /// The database failed.
+pub enum KeyError {
+    #[error("this WireGuard key belongs to somebody else")]
+    Taken,
+    #[error("you have {MAX_DEVICES} devices, as many as a user may")]
+    TooManyDevices,
+    #[error("there are {MAX_GRANTS} admissions, as many as a weaver and a user may have")]
+    TooManyGrants,
+    /// The weaver has ended, or its agent has not registered yet.
+    #[error("the weaver cannot be reached")]
+    NotReachable(Option<Box<Weaver>>),
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -24,67 +37,148 @@ pub enum DeviceError {
 /// A grant in force, with all that the agent needs but the pre-shared key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveGrant {
-    /// The weaver.
     pub weaver: WeaverId,
-    /// The device.
     pub device: WireGuardKey,
     /// The device's address inside the tunnel.
     pub address: Ipv6Addr,
     /// UDP addresses where the device can perhaps be reached.
     pub candidates: Vec<SocketAddr>,
-    /// Until when.
     pub expires_at: Timestamp,
     /// The user's name.
     pub user: String,
+}
+
+/// Two keys that may talk through the relay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pair {
+    pub agent: WireGuardKey,
+    pub device: WireGuardKey,
+    pub expires_at: Timestamp,
+}
+
+/// Whose a key is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyOwner {
+    User(UserId),
+    Weaver(WeaverId),
 }
 
 type GrantRow = (String, String, String, String, i64, String);
 
 /// A macro, because statements are whole at compile time.
 macro_rules! select_grants {
-    () => {
-        "SELECT g.weaver_id, g.public_key, d.address, g.candidates, g.expires_at, u.name \
-         FROM grants g JOIN devices d ON d.public_key = g.public_key JOIN users u ON u.id = d.user_id \
-         JOIN weavers w ON w.id = g.weaver_id WHERE w.ended_at IS NULL AND g.expires_at > ?"
+    ($rest:literal) => {
+        concat!(
+            "SELECT g.weaver_id, g.public_key, d.address, g.candidates, g.expires_at, u.name \
+             FROM grants g JOIN devices d ON d.public_key = g.public_key JOIN users u ON u.id = d.user_id \
+             JOIN weavers w ON w.id = g.weaver_id WHERE w.ended_at IS NULL AND g.expires_at > ? ",
+            $rest
+        )
     };
 }
 
 impl Store {
-    /// A user's device; it is recorded when it is new. Its address depends only on its key.
-    ///
-    /// # Errors
-    ///
-    /// [`DeviceError`].
-    pub async fn device(&self, user: UserId, key: WireGuardKey) -> Result<Ipv6Addr, DeviceError> {
+    /// Admits a user's device to a weaver until the weaver's end. The device is recorded when it is new; its address
+    /// depends only on its key.
+    pub async fn admit(
+        &self,
+        user: UserId,
+        weaver: WeaverId,
+        key: WireGuardKey,
+        candidates: &[SocketAddr],
+    ) -> Result<(Weaver, Ipv6Addr), KeyError> {
+        let candidates = serde_json::to_string(candidates).map_err(|error| sqlx::Error::Encode(error.into()))?;
+        let now = millis(Timestamp::now());
+        let mut transaction = self.begin_write().await?;
+        let found = weavers::read(&mut transaction, weaver).await?;
+        let Some(found) = found.filter(|weaver| !weaver.has_ended() && weaver.agent.is_some()) else {
+            let found = weavers::read(&mut transaction, weaver).await?;
+            return Err(KeyError::NotReachable(found.map(Box::new)));
+        };
+        claim(&mut transaction, key, KeyOwner::User(user)).await?;
         let address = self.address(DEVICE_SUBNET, key.as_bytes());
-        sqlx::query("INSERT INTO devices (public_key, user_id, address, created_at) VALUES (?, ?, ?, ?) ON CONFLICT (public_key) DO NOTHING")
-            .bind(key.to_string())
+        sqlx::query(
+            "INSERT INTO devices (public_key, user_id, address, created_at, last_used_at) VALUES (?, ?, ?, ?, ?) \
+             ON CONFLICT (public_key) DO UPDATE SET last_used_at = excluded.last_used_at",
+        )
+        .bind(key.to_string())
+        .bind(user.to_string())
+        .bind(address.to_string())
+        .bind(now)
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        sqlx::query(
+            "INSERT INTO grants (weaver_id, public_key, candidates, expires_at) VALUES (?, ?, ?, ?) \
+             ON CONFLICT (weaver_id, public_key) DO UPDATE SET candidates = excluded.candidates, expires_at = excluded.expires_at",
+        )
+        .bind(weaver.to_string())
+        .bind(key.to_string())
+        .bind(candidates)
+        .bind(millis(found.expires_at))
+        .execute(&mut *transaction)
+        .await?;
+        // Counted with the new ones; what is too much is rolled back.
+        let devices: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM devices WHERE user_id = ?")
             .bind(user.to_string())
-            .bind(address.to_string())
-            .bind(millis(Timestamp::now()))
-            .execute(self.writer())
+            .fetch_one(&mut *transaction)
             .await?;
-        if self.device_owner(key).await? == Some(user) { Ok(address) } else { Err(DeviceError::SomebodyElses) }
+        if devices > MAX_DEVICES {
+            return Err(KeyError::TooManyDevices);
+        }
+        let of_weaver: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM grants WHERE weaver_id = ?")
+            .bind(weaver.to_string())
+            .fetch_one(&mut *transaction)
+            .await?;
+        let of_user: i64 = sqlx::query_scalar(
+            "SELECT COUNT(*) FROM grants g JOIN devices d ON d.public_key = g.public_key WHERE d.user_id = ?",
+        )
+        .bind(user.to_string())
+        .fetch_one(&mut *transaction)
+        .await?;
+        if of_weaver.max(of_user) > MAX_GRANTS {
+            return Err(KeyError::TooManyGrants);
+        }
+        transaction.commit().await?;
+        Ok((found, address))
     }
 
-    /// Whose a device is.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn device_owner(&self, key: WireGuardKey) -> sqlx::Result<Option<UserId>> {
-        let owner: Option<String> = sqlx::query_scalar("SELECT user_id FROM devices WHERE public_key = ?")
-            .bind(key.to_string())
-            .fetch_optional(self.reader())
+    /// Records the key of the agent that has proved itself; the weaver as it is now, and the key that it had before.
+    pub async fn register_agent(
+        &self,
+        weaver: WeaverId,
+        version: &str,
+        key: WireGuardKey,
+    ) -> Result<(Weaver, Option<WireGuardKey>), KeyError> {
+        let mut transaction = self.begin_write().await?;
+        let Some(mut found) = weavers::read(&mut transaction, weaver).await? else {
+            return Err(KeyError::NotReachable(None));
+        };
+        let before = found.agent.as_ref().map(|agent| agent.wireguard_key);
+        if found.registered(version, key).is_err() {
+            return Err(KeyError::NotReachable(Some(Box::new(found))));
+        }
+        sqlx::query("DELETE FROM wireguard_keys WHERE weaver_id = ?")
+            .bind(weaver.to_string())
+            .execute(&mut *transaction)
             .await?;
-        owner.map(|owner| parsed(&owner)).transpose()
+        claim(&mut transaction, key, KeyOwner::Weaver(weaver)).await?;
+        weavers::write(&mut transaction, &found).await?;
+        transaction.commit().await?;
+        Ok((found, before.filter(|before| *before != key)))
+    }
+
+    /// Whose a key is, if it is anybody's.
+    pub async fn key_owner(&self, key: WireGuardKey) -> sqlx::Result<Option<KeyOwner>> {
+        let row: Option<(Option<String>, Option<String>)> =
+            sqlx::query_as("SELECT user_id, weaver_id FROM wireguard_keys WHERE public_key = ?")
+                .bind(key.to_string())
+                .fetch_optional(self.reader())
+                .await?;
+        row.map(owner).transpose()
     }
 
     /// Forgets a device of a user's with all its grants; the weavers that it could reach.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
     pub async fn remove_device(&self, user: UserId, key: WireGuardKey) -> sqlx::Result<Vec<WeaverId>> {
         let mut transaction = self.begin_write().await?;
         let weavers: Vec<String> = sqlx::query_scalar(
@@ -94,46 +188,29 @@ impl Store {
         .bind(user.to_string())
         .fetch_all(&mut *transaction)
         .await?;
-        sqlx::query("DELETE FROM devices WHERE public_key = ? AND user_id = ?")
-            .bind(key.to_string())
-            .bind(user.to_string())
-            .execute(&mut *transaction)
-            .await?;
+        for statement in [
+            "DELETE FROM devices WHERE public_key = ? AND user_id = ?",
+            "DELETE FROM wireguard_keys WHERE public_key = ? AND user_id = ?",
+        ] {
+            sqlx::query(statement).bind(key.to_string()).bind(user.to_string()).execute(&mut *transaction).await?;
+        }
         transaction.commit().await?;
         weavers.iter().map(|id| parsed(id)).collect()
     }
 
-    /// Records a grant, or changes it.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn put_grant(
-        &self,
-        weaver: WeaverId,
-        device: WireGuardKey,
-        candidates: &[SocketAddr],
-        until: Timestamp,
-    ) -> sqlx::Result<()> {
-        let candidates = serde_json::to_string(candidates).map_err(|error| sqlx::Error::Encode(error.into()))?;
-        sqlx::query(
-            "INSERT INTO grants (weaver_id, public_key, candidates, expires_at) VALUES (?, ?, ?, ?) \
-             ON CONFLICT (weaver_id, public_key) DO UPDATE SET candidates = excluded.candidates, expires_at = excluded.expires_at",
+    /// The devices that have not been used since `time` and can reach no weaver, with their users.
+    pub async fn unused_devices(&self, time: Timestamp) -> sqlx::Result<Vec<(UserId, WireGuardKey)>> {
+        let rows: Vec<(String, String)> = sqlx::query_as(
+            "SELECT user_id, public_key FROM devices d WHERE last_used_at < ? \
+             AND NOT EXISTS (SELECT 1 FROM grants g WHERE g.public_key = d.public_key) LIMIT 1000",
         )
-        .bind(weaver.to_string())
-        .bind(device.to_string())
-        .bind(candidates)
-        .bind(millis(until))
-        .execute(self.writer())
-        .await
-        .map(drop)
+        .bind(millis(time))
+        .fetch_all(self.reader())
+        .await?;
+        rows.iter().map(|(user, key)| Ok((parsed(user)?, parsed(key)?))).collect()
     }
 
-    /// Moves the end of all grants of a weaver: its deadline was moved.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
+    /// Moves the end of all grants of a weaver to its own; those grants.
     pub async fn move_grants(&self, weaver: WeaverId, until: Timestamp) -> sqlx::Result<()> {
         sqlx::query("UPDATE grants SET expires_at = ? WHERE weaver_id = ?")
             .bind(millis(until))
@@ -144,10 +221,6 @@ impl Store {
     }
 
     /// Ends a grant, if `user` owns the device; whether there was one.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
     pub async fn remove_grant(&self, user: UserId, weaver: WeaverId, device: WireGuardKey) -> sqlx::Result<bool> {
         let done = sqlx::query(
             "DELETE FROM grants WHERE weaver_id = ? AND public_key = ? \
@@ -161,42 +234,88 @@ impl Store {
         Ok(done.rows_affected() > 0)
     }
 
-    /// Ends all grants of a weaver; the devices that had them.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
+    /// Ends all grants of an ended weaver and frees its agent's key; the devices that had grants.
     pub async fn remove_grants(&self, weaver: WeaverId) -> sqlx::Result<Vec<WireGuardKey>> {
+        let mut transaction = self.begin_write().await?;
         let keys: Vec<String> = sqlx::query_scalar("DELETE FROM grants WHERE weaver_id = ? RETURNING public_key")
             .bind(weaver.to_string())
-            .fetch_all(self.writer())
+            .fetch_all(&mut *transaction)
             .await?;
+        sqlx::query("DELETE FROM wireguard_keys WHERE weaver_id = ?")
+            .bind(weaver.to_string())
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
         keys.iter().map(|key| parsed(key)).collect()
     }
 
-    /// The grants of a weaver that are in force.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn grants(&self, weaver: WeaverId) -> sqlx::Result<Vec<LiveGrant>> {
-        let rows: Vec<GrantRow> = sqlx::query_as(concat!(select_grants!(), " AND g.weaver_id = ?"))
-            .bind(millis(Timestamp::now()))
-            .bind(weaver.to_string())
-            .fetch_all(self.reader())
-            .await?;
+    /// The grants of a weaver that are in force, by key, after `after`: at most [`GRANT_PAGE`].
+    pub async fn grants(&self, weaver: WeaverId, after: Option<WireGuardKey>) -> sqlx::Result<Vec<LiveGrant>> {
+        let rows: Vec<GrantRow> =
+            sqlx::query_as(select_grants!("AND g.weaver_id = ? AND g.public_key > ? ORDER BY g.public_key LIMIT ?"))
+                .bind(millis(Timestamp::now()))
+                .bind(weaver.to_string())
+                .bind(after.map(|key| key.to_string()).unwrap_or_default())
+                .bind(i64::from(GRANT_PAGE))
+                .fetch_all(self.reader())
+                .await?;
         rows.into_iter().map(live_grant).collect()
     }
 
-    /// All grants that are in force.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn all_grants(&self) -> sqlx::Result<Vec<LiveGrant>> {
-        let rows: Vec<GrantRow> =
-            sqlx::query_as(select_grants!()).bind(millis(Timestamp::now())).fetch_all(self.reader()).await?;
-        rows.into_iter().map(live_grant).collect()
+    /// A device's grant for a weaver, if it is in force.
+    pub async fn grant(&self, weaver: WeaverId, device: WireGuardKey) -> sqlx::Result<Option<LiveGrant>> {
+        let row: Option<GrantRow> = sqlx::query_as(select_grants!("AND g.weaver_id = ? AND g.public_key = ?"))
+            .bind(millis(Timestamp::now()))
+            .bind(weaver.to_string())
+            .bind(device.to_string())
+            .fetch_optional(self.reader())
+            .await?;
+        row.map(live_grant).transpose()
+    }
+
+    /// All keys that may talk to each other.
+    pub async fn pairs(&self) -> sqlx::Result<Vec<Pair>> {
+        let rows: Vec<(String, String, i64)> = sqlx::query_as(
+            "SELECT w.wireguard_key, g.public_key, g.expires_at FROM grants g JOIN weavers w ON w.id = g.weaver_id \
+             WHERE w.ended_at IS NULL AND w.wireguard_key IS NOT NULL AND g.expires_at > ?",
+        )
+        .bind(millis(Timestamp::now()))
+        .fetch_all(self.reader())
+        .await?;
+        rows.into_iter()
+            .map(|(agent, device, expires_at)| {
+                Ok(Pair { agent: parsed(&agent)?, device: parsed(&device)?, expires_at: timestamp(expires_at)? })
+            })
+            .collect()
+    }
+}
+
+/// Records whose a key is, unless it is somebody else's.
+async fn claim(transaction: &mut Transaction<'_, Sqlite>, key: WireGuardKey, by: KeyOwner) -> Result<(), KeyError> {
+    let (user, weaver) = match by {
+        KeyOwner::User(user) => (Some(user.to_string()), None),
+        KeyOwner::Weaver(weaver) => (None, Some(weaver.to_string())),
+    };
+    sqlx::query(
+        "INSERT INTO wireguard_keys (public_key, user_id, weaver_id) VALUES (?, ?, ?) ON CONFLICT (public_key) DO NOTHING",
+    )
+    .bind(key.to_string())
+    .bind(user)
+    .bind(weaver)
+    .execute(&mut **transaction)
+    .await?;
+    let row = sqlx::query_as("SELECT user_id, weaver_id FROM wireguard_keys WHERE public_key = ?")
+        .bind(key.to_string())
+        .fetch_one(&mut **transaction)
+        .await?;
+    if owner(row)? == by { Ok(()) } else { Err(KeyError::Taken) }
+}
+
+fn owner((user, weaver): (Option<String>, Option<String>)) -> sqlx::Result<KeyOwner> {
+    match (user, weaver) {
+        (Some(user), None) => Ok(KeyOwner::User(parsed(&user)?)),
+        (None, Some(weaver)) => Ok(KeyOwner::Weaver(parsed(&weaver)?)),
+        _ => Err(sqlx::Error::Decode("a WireGuard key has one owner".into())),
     }
 }
 

@@ -1,7 +1,5 @@
-//! Who is asking: a bearer token names a user with its organisations, or one weaver's agent. [`device`] is how people
-//! log in.
-
-pub mod device;
+//! Who is asking: a bearer token names a user with its organisations, or one weaver's agent. [`super::device`] is
+//! how people log in.
 
 use axum::{
     extract::FromRequestParts,
@@ -14,8 +12,8 @@ use loom_api::{
 };
 
 use crate::{
-    app::AppState,
     problem::{Answer, Problem},
+    state::AppState,
     store::{Token, TokenOwner},
 };
 

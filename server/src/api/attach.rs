@@ -21,11 +21,13 @@ use loom_api::{
     attach::{AttachQuery, ClientControl, MAX_FRAME, SUBPROTOCOL, ServerControl},
 };
 
-use crate::{
-    api::weavers::find_running,
-    app::AppState,
+use super::{
     auth::UserCaller,
+    weavers::{find_running, or_gone},
+};
+use crate::{
     problem::{Answer, Problem},
+    state::AppState,
 };
 
 /// WebSocket close code (RFC 6455 §7.4, IANA): the service restarts; come back.
@@ -47,7 +49,7 @@ pub async fn attach(
     let Query(query) = query.map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.body_text()))?;
     let weaver = find_running(&app, &caller, &reference).await?.id;
     // Opened before the upgrade, so that a weaver that is not ready is an ordinary error.
-    let agent = app.streams.open(&app, weaver, StreamKind::Attach(query)).await?;
+    let agent = or_gone(&app, weaver, app.streams.open(weaver, StreamKind::Attach(query)).await).await?;
     let upgrade = upgrade.protocols([SUBPROTOCOL]).max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME);
     let plain = upgrade.selected_protocol().is_none();
     let stopping = app.stopping.clone();

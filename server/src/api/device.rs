@@ -17,12 +17,12 @@ use loom_api::{
 };
 use serde::Deserialize;
 
+use super::Body;
 use crate::{
-    api::Body,
-    app::AppState,
     problem::{Answer, Problem},
     secrets::random,
     sign_in,
+    state::AppState,
     store::{Approval, DevicePoll, Token, TokenOwner},
 };
 

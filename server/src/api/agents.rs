@@ -1,0 +1,289 @@
+//! The agents: registration, and one control link for each weaver.
+//!
+//! What an agent reports becomes the weaver's row and events here; what the server wants of it is a [`ServerMessage`].
+//! An agent is not trusted: it runs beside a user's programs. It may write the kinds of events that are its own to tell,
+//! all that it says is bounded in length and rate, and none of it costs more the more weavers there are.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::{
+    extract::{
+        State, WebSocketUpgrade,
+        ws::{Message, WebSocket},
+    },
+    response::Response,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use loom_api::{
+    ErrorCode, PROTOCOL_VERSION, WeaverId, WireGuardKey,
+    agent::{AgentMessage, MainState, Register, Registered, ServerMessage, StartSpec},
+    weaver::EventKind,
+};
+use tokio::time::{Instant, interval, sleep, timeout};
+
+use super::{Body, auth::AgentCaller, tunnels::MAX_CANDIDATES};
+use crate::{
+    problem::{Answer, Problem},
+    state::AppState,
+    store::GRANT_PAGE,
+    weaver::{Agent, Ending, Event, Weaver},
+};
+
+/// Between two pings of an idle link: under the minute after which proxies cut it.
+const PING: Duration = Duration::from_secs(15);
+/// After so long without a word a link is dead.
+const SILENCE: Duration = Duration::from_secs(40);
+/// How much of a control link is read at once, in bytes: more than almost all messages have. Each link has a buffer of
+/// that size.
+const READ_BUFFER: usize = 4 << 10;
+/// The largest message of an agent, in bytes: a status with 64 KiB of output in base64.
+const MAX_AGENT_MESSAGE: usize = 128 << 10;
+/// The longest version that an agent may claim, in bytes.
+const MAX_VERSION: usize = 100;
+/// The longest reason and event of an agent, in bytes.
+const MAX_TEXT: usize = 1 << 10;
+/// The most ports that are remembered of a weaver.
+const MAX_PORTS: usize = 1_024;
+/// Messages of an agent that are read at once. A start takes about ten.
+const BURST: f64 = 100.0;
+/// Messages of an agent that are read each second in the long run.
+const PER_SECOND: f64 = 2.0;
+
+/// Registers an agent.
+#[utoipa::path(post, path = "/api/agent/register", tag = "agent", request_body = Register,
+    responses((status = 200, body = Registered), (status = "4XX", body = loom_api::ErrorBody)))]
+pub async fn register(State(app): State<AppState>, Body(request): Body<Register>) -> Answer<axum::Json<Registered>> {
+    let unproven =
+        || Problem::new(ErrorCode::Unauthorized, "the credential does not prove that this is the weaver's agent");
+    let weaver = request.weaver_id;
+    let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended()).ok_or_else(unproven)?;
+    if request.protocol > PROTOCOL_VERSION {
+        return Err(Problem::new(
+            ErrorCode::InvalidRequest,
+            format!("protocol {} is newer than the server's", request.protocol),
+        ));
+    }
+    if request.version.len() > MAX_VERSION {
+        return Err(Problem::new(ErrorCode::InvalidRequest, format!("a version has at most {MAX_VERSION} bytes")));
+    }
+    let verified = app.provisioner.verify_credential(weaver, &request.credential).await;
+    if !verified.map_err(anyhow::Error::from)? {
+        return Err(unproven());
+    }
+    let ssh_certificate = app
+        .secrets
+        .sign_host_key(weaver, &request.ssh_host_key, row.latest_end())
+        .map_err(|error| Problem::new(ErrorCode::InvalidRequest, format!("{error:#}")))?;
+    let row = app.admission.register(weaver, &request.version, request.wireguard_key).await?;
+    let token = app.store.replace_agent_token(weaver).await?;
+    Ok(axum::Json(Registered { token, address: row.address, ssh_certificate }))
+}
+
+/// An agent's control link.
+#[utoipa::path(get, path = "/api/agent/control", tag = "agent",
+    responses((status = 101, description = "a WebSocket of control messages")), security(("bearer" = [])))]
+pub async fn control(
+    State(app): State<AppState>,
+    AgentCaller(weaver): AgentCaller,
+    upgrade: WebSocketUpgrade,
+) -> Answer<Response> {
+    let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended());
+    let agent =
+        row.and_then(|row| row.agent).ok_or_else(|| Problem::new(ErrorCode::WeaverGone, "the weaver has ended"))?;
+    Ok(upgrade.max_message_size(MAX_AGENT_MESSAGE).read_buffer_size(READ_BUFFER).on_upgrade(async move |socket| {
+        if let Err(error) = run_link(&app, weaver, agent, socket).await {
+            tracing::info!(%weaver, "control link: {error:#}");
+        }
+    }))
+}
+
+async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: WebSocket) -> anyhow::Result<()> {
+    let (serial, mut inbox) = app.agents.connect(weaver, agent.version);
+    app.events.write(weaver, Event::new(EventKind::AgentConnected, "the agent has connected")).await;
+    let result = async {
+        // Read again, now that what changes is told on this link.
+        let row = app.store.weaver(weaver).await?.context("the weaver's row")?;
+        welcome(app, &row, &agent.wireguard_key, &mut socket).await?;
+        send(&mut socket, &ServerMessage::Deadline { expires_at: row.expires_at }).await?;
+        let (mut ping, mut heard) = (interval(PING), Instant::now());
+        let mut allowance = Allowance::new(Instant::now());
+        loop {
+            let pause = allowance.pause(Instant::now());
+            tokio::select! {
+                message = inbox.recv() => match message {
+                    Some(message) => send(&mut socket, &message).await?,
+                    None => return Ok(()), // a newer link, or the weaver's end
+                },
+                frame = socket.recv(), if pause.is_zero() => {
+                    heard = Instant::now();
+                    match frame.context("it was closed")?? {
+                        Message::Text(text) => allowance.spend(receive(app, weaver, &text).await?),
+                        Message::Close(_) => return Ok(()),
+                        _ => {}
+                    }
+                }
+                // What is not read waits with the agent.
+                () = sleep(pause), if !pause.is_zero() => heard = Instant::now(),
+                _ = ping.tick() => {
+                    anyhow::ensure!(heard.elapsed() < SILENCE, "nothing was heard for {SILENCE:?}");
+                    socket.send(Message::Ping(bytes::Bytes::new())).await?;
+                }
+            }
+        }
+    }
+    .await;
+    if app.agents.disconnected(weaver, serial) && !app.stopping.is_cancelled() {
+        let lost = Event::new(EventKind::AgentDisconnected, "the agent's connection was lost");
+        app.events.write(weaver, lost).await;
+    }
+    if !app.agents.is_connected(weaver) {
+        app.streams.lost(weaver);
+    }
+    result
+}
+
+async fn send(socket: &mut WebSocket, message: &ServerMessage) -> anyhow::Result<()> {
+    let text = serde_json::to_string(message)?;
+    Ok(timeout(SILENCE, socket.send(Message::Text(text.into()))).await??)
+}
+
+/// States everything that should be: what to run, and all grants, page by page.
+async fn welcome(app: &AppState, row: &Weaver, key: &WireGuardKey, socket: &mut WebSocket) -> anyhow::Result<()> {
+    let sealed = app.store.sealed_env(row.id).await?;
+    let env = app.secrets.open(&row.id.to_string(), &sealed).context("the weaver's environment")?;
+    let image_command = row.resolved.as_ref().map(|image| &image.command);
+    let start = StartSpec {
+        command: row.command.as_ref().or(image_command).cloned(),
+        env: serde_json::from_slice(&env)?,
+        repo: row.repo.clone(),
+        branch: row.branch.clone(),
+    };
+    let mut start = Some(start);
+    let mut after = None;
+    loop {
+        let grants = app.admission.grants(row.id, key, after).await?;
+        after = grants.last().map(|grant| grant.public_key);
+        let more = grants.len() >= GRANT_PAGE as usize;
+        let page = match start.take() {
+            Some(start) => ServerMessage::Welcome { start, grants, more },
+            None => ServerMessage::Grants { grants, more },
+        };
+        send(socket, &page).await?;
+        if !more {
+            return Ok(());
+        }
+    }
+}
+
+/// Does what a message asks for; how much of the agent's allowance it costs. Nothing here takes longer the more
+/// weavers there are.
+async fn receive(app: &AppState, weaver: WeaverId, text: &str) -> anyhow::Result<u32> {
+    let message: AgentMessage = match serde_json::from_str(text) {
+        Ok(message) => message,
+        Err(error) => {
+            tracing::warn!(%weaver, "a control message that cannot be read: {}", error.to_string().escape_debug());
+            return Ok(1);
+        }
+    };
+    match message {
+        AgentMessage::Status(mut status) => {
+            status.ports.truncate(MAX_PORTS);
+            let main = std::mem::take(&mut status.main);
+            app.agents.status(weaver, status);
+            main_state(app, weaver, main).await?;
+        }
+        AgentMessage::Candidates { mut candidates } => {
+            candidates.truncate(MAX_CANDIDATES);
+            app.store.transition(weaver, |row| row.reachable_at(&candidates).map(|()| None)).await?;
+        }
+        AgentMessage::Event { kind: kind @ (EventKind::Cloning | EventKind::Cloned), message } => {
+            app.events.write(weaver, Event::new(kind, bounded(message))).await;
+        }
+        AgentMessage::Event { kind, .. } => {
+            tracing::warn!(%weaver, ?kind, "an agent may not write events of this kind");
+        }
+        // These touch what is in memory only.
+        AgentMessage::GrantApplied { serial } => {
+            app.agents.applied(weaver, serial);
+            return Ok(0);
+        }
+        AgentMessage::StreamFailed { stream, reason } => {
+            app.streams.failed(weaver, stream, bounded(reason));
+            return Ok(0);
+        }
+        AgentMessage::UnknownPeer { public_key } => app.admission.introduce(weaver, public_key).await?,
+        AgentMessage::Failed { reason } => {
+            app.reconciler.end(weaver, Ending::Failed { reason: bounded(reason) }).await?;
+        }
+    }
+    Ok(1)
+}
+
+async fn main_state(app: &AppState, weaver: WeaverId, main: MainState) -> anyhow::Result<()> {
+    match main {
+        MainState::Waiting => Ok(()),
+        MainState::Running => app.reconciler.ran(weaver).await,
+        MainState::Exited { code, tail, out_of_memory } => {
+            app.store.keep_output(weaver, &STANDARD.decode(tail).unwrap_or_default()).await?;
+            app.reconciler.end(weaver, Ending::Exited { code, out_of_memory }).await
+        }
+    }
+}
+
+/// What an agent says, as long as it may be.
+fn bounded(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_TEXT));
+    text
+}
+
+/// How much an agent may still ask for: [`BURST`] messages at once, and [`PER_SECOND`] in the long run.
+struct Allowance {
+    left: f64,
+    at: Instant,
+}
+
+impl Allowance {
+    const fn new(now: Instant) -> Self {
+        Self { left: BURST, at: now }
+    }
+
+    fn spend(&mut self, cost: u32) {
+        self.left -= f64::from(cost);
+    }
+
+    /// How long nothing more is read from the agent.
+    fn pause(&mut self, now: Instant) -> Duration {
+        let earned = now.saturating_duration_since(self.at).as_secs_f64() * PER_SECOND;
+        self.left = (self.left + earned).min(BURST);
+        self.at = now;
+        if self.left >= 1.0 { Duration::ZERO } else { Duration::from_secs_f64((1.0 - self.left) / PER_SECOND) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_that_says_too_much_is_read_more_slowly() {
+        let start = Instant::now();
+        let mut allowance = Allowance::new(start);
+        let mut said = 0;
+        while allowance.pause(start).is_zero() {
+            allowance.spend(1);
+            said += 1;
+        }
+        assert_eq!(f64::from(said), BURST);
+        let pause = allowance.pause(start);
+        assert!(pause > Duration::ZERO && allowance.pause(start + pause * 2).is_zero());
+        allowance.spend(0);
+        assert!(allowance.pause(start + pause * 2).is_zero(), "what costs nothing is never refused");
+    }
+
+    #[test]
+    fn what_an_agent_says_is_cut_between_characters() {
+        assert_eq!(bounded("é".repeat(MAX_TEXT)).len(), MAX_TEXT);
+        assert!(bounded(format!("a{}", "é".repeat(MAX_TEXT))).len() < MAX_TEXT);
+    }
+}

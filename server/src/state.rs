@@ -1,0 +1,62 @@
+//! What handlers share. Nothing below the routes knows it: each part holds only what it uses.
+
+use std::sync::Arc;
+
+use loom_api::WeaverId;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admission::Admission, agents::Hub, config::Config, events::Events, metrics::Metrics, provision::Provisioner,
+    reconcile::Reconciler, relay::Relay, secrets::Secrets, store::Store, streams::Streams,
+};
+
+/// What handlers share. Cheap to clone.
+#[derive(Clone)]
+pub struct AppState(Arc<Shared>);
+
+impl AppState {
+    pub fn new(shared: Shared) -> Self {
+        Self(Arc::new(shared))
+    }
+}
+
+/// What an [`AppState`] refers to.
+pub struct Shared {
+    /// The settings.
+    pub config: Config,
+    /// The server's address for people and agents.
+    pub url: String,
+    /// The keys.
+    pub secrets: Arc<Secrets>,
+    /// The database.
+    pub store: Store,
+    /// What operators watch.
+    pub metrics: Arc<Metrics>,
+    /// The events.
+    pub events: Events,
+    /// The backend.
+    pub provisioner: Arc<dyn Provisioner>,
+    /// What brings rows and pods together.
+    pub reconciler: Reconciler,
+    /// The agents' links.
+    pub agents: Arc<Hub>,
+    /// Streams that agents are to dial back.
+    pub streams: Streams,
+    /// The relay.
+    pub relay: Arc<Relay>,
+    /// Who may reach which weaver.
+    pub admission: Arc<Admission>,
+    /// Where weavers are named whose deadline is new.
+    pub deadlines: mpsc::Sender<WeaverId>,
+    /// The server is stopping.
+    pub stopping: CancellationToken,
+}
+
+impl std::ops::Deref for AppState {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}

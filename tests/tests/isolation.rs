@@ -87,6 +87,49 @@ fn each_weaver_runs_as_a_user_of_its_own_who_cannot_enter_anothers_directory() -
     system.stop()
 }
 
+/// A repository with one commit, at a path that the weavers' users can read.
+fn make_repository(at: &Path) -> Result<()> {
+    let script = "set -e; git init -q -b main .; echo 'from a file' > README; git add README; \
+                  git -c user.name=t -c user.email=t@example.org commit -q -m first";
+    fs::create_dir_all(at)?;
+    let made = Command::new("sh").args(["-c", script]).current_dir(at).status()?;
+    ensure!(made.success(), "making a repository");
+    Ok(())
+}
+
+#[test]
+fn file_repositories_are_cloned_only_from_the_directories_that_the_server_offers() -> Result<()> {
+    let mut system = System::start()?;
+    let (offered, private) = (system.path("offered"), system.path("private"));
+    for directory in [&offered, &private] {
+        make_repository(&directory.join("project"))?;
+    }
+    symlink(private.join("project"), offered.join("link"))?;
+    let try_to_clone = |system: &System, path: &str| {
+        let url = format!("file://{}", system.path(path).display());
+        system.output(&["new", "--no-attach", "--name", "cloned", "--repo", &url])
+    };
+    let refused = |system: &System, path: &str| -> Result<()> {
+        let output = try_to_clone(system, path)?;
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(1) && errors.contains("local-repositories"), "{path}: {output:?}");
+        Ok(())
+    };
+    refused(&system, "offered/project")?;
+    if can_run(false) {
+        system.stop_server()?;
+        system.set("LOOM_SERVER_LOCAL_REPOSITORIES", &offered.to_string_lossy());
+        system.start_server()?;
+        for path in ["private/project", "offered/../private/project", "offered/link", "offered/absent", "offeredx"] {
+            refused(&system, path)?;
+        }
+        let output = try_to_clone(&system, "offered/project")?;
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(system.run(&["exec", "cloned", "--", "cat", "README"])?, "from a file\n");
+    }
+    system.stop()
+}
+
 /// Directories with `loom` and a `loom-server` that has a copy of the machine's `/etc`, in a mount namespace of its own.
 fn with_own_etc(directory: &Path) -> Result<()> {
     let built = std::env::current_exe()?;

@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    path::Path,
     process::{Command, Stdio},
     time::Instant,
 };
@@ -25,15 +26,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     tools::for_demo()?;
     let binaries = build::binaries(false)?;
 
-    step("Start loom-server: SQLite, the local backend, loopback");
-    let mut system = System::start_from(&binaries, &[])?;
+    step("Start loom-server: SQLite, the local backend, loopback, and a directory of repositories to clone from");
+    let repositories = repositories()?;
+    let offered = repositories.path().to_string_lossy();
+    let mut system = System::start_from(&binaries, &[("LOOM_SERVER_LOCAL_REPOSITORIES", &*offered)])?;
     say(&format!("it listens at {}", system.url()));
 
     step("Log in: device code, approved on the server's own page");
     log_in(&system)?;
 
     step("Make a weaver with a git repository in it");
-    let repository = make_repository(&system)?;
+    let repository = make_repository(repositories.path())?;
     let weaver = make_weaver(&system, &repository)?;
     show(&system, &["ps"])?;
 
@@ -97,8 +100,15 @@ fn approve(system: &System, code: &str) -> Result<()> {
     Ok(())
 }
 
-fn make_repository(system: &System) -> Result<String> {
-    let directory = system.path("project");
+/// A directory that the weaver's user can read.
+fn repositories() -> Result<tempfile::TempDir> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let readable = std::fs::Permissions::from_mode(0o755);
+    Ok(tempfile::Builder::new().prefix("loom-repositories-").permissions(readable).tempdir_in("/tmp")?)
+}
+
+fn make_repository(repositories: &Path) -> Result<String> {
+    let directory = repositories.join("project");
     let script = "set -e; git init -q -b main .; echo 'Hello from the repository' > README; git add README; \
                   git -c user.name=Loom -c user.email=loom@example.org commit -q -m 'A first commit'";
     std::fs::create_dir(&directory)?;

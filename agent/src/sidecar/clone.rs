@@ -29,8 +29,8 @@ pub(crate) struct Repository {
     /// The branch; the repository's own default when there is none.
     pub(crate) branch: Option<String>,
     pub(crate) workspace: PathBuf,
-    /// Whether `file://` is allowed.
-    pub(crate) allow_file: bool,
+    /// Directories that `file://` repositories may be in.
+    pub(crate) file_repositories: Vec<PathBuf>,
 }
 
 /// Why a clone failed, in words, without a full stop.
@@ -58,7 +58,7 @@ impl Repository {
         let scheme = self.url.split_once("://").map(|(scheme, _)| scheme);
         match scheme {
             Some("https" | "http" | "git") => {}
-            Some("file") if self.allow_file => {}
+            Some("file") if !self.file_repositories.is_empty() => {}
             Some("file") => return Err(CloneError("file:// repositories are for local weavers only".to_owned())),
             _ => return Err(CloneError(format!("{} is not an https:// URL", shown(&self.url)))),
         }
@@ -135,12 +135,14 @@ impl Repository {
         Ok(())
     }
 
-    /// The path of a `file://` repository, which must be there.
+    /// The path of a `file://` repository, which must be there, and in a directory that is offered.
     fn local_path(&self) -> Result<Option<PathBuf>, CloneError> {
         let Some(path) = self.url.strip_prefix("file://") else { return Ok(None) };
-        let path = PathBuf::from(path.trim_end_matches('/'));
-        match fs::metadata(&path) {
-            Ok(metadata) if metadata.is_dir() => Ok(Some(path)),
+        match Path::new(path).canonicalize() {
+            Ok(found) if !self.file_repositories.iter().any(|directory| found.starts_with(directory)) => {
+                Err(CloneError(format!("the repository {} is not one that the server offers", self.url)))
+            }
+            Ok(found) if found.is_dir() => Ok(Some(found)),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 Err(CloneError(format!("the repository {} cannot be read by the weaver's user", self.url)))
             }

@@ -7,7 +7,7 @@ use std::{
     path::PathBuf,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use loom_api::{WeaverId, client::Client};
 
 /// The variables that there are; another one that begins like them is a mistake.
@@ -20,7 +20,7 @@ const KNOWN: [&str; 9] = [
     "LOOM_HOST_PID",
     "LOOM_WORKSPACE_DIR",
     "LOOM_UDP_BIND",
-    "LOOM_ALLOW_FILE_CLONE",
+    "LOOM_FILE_REPOSITORIES",
 ];
 
 /// What the sidecar is told by its provisioner.
@@ -39,8 +39,8 @@ pub(crate) struct Config {
     pub(crate) workspace_dir: PathBuf,
     /// Local addresses for UDP; none is a weaver that is reached over the relay only.
     pub(crate) udp: Vec<SocketAddr>,
-    /// Whether `file://` repositories may be cloned: on a developer's own machine.
-    pub(crate) allow_file_clone: bool,
+    /// Directories that `file://` repositories may be in; none where the sidecar is not on the server's machine.
+    pub(crate) file_repositories: Vec<PathBuf>,
 }
 
 impl Config {
@@ -73,11 +73,9 @@ impl Config {
             host_pid: get("LOOM_HOST_PID").map(str::parse).transpose().context("LOOM_HOST_PID")?,
             workspace_dir: need("LOOM_WORKSPACE_DIR")?.into(),
             udp: udp_addresses(get("LOOM_UDP_BIND"))?,
-            allow_file_clone: match get("LOOM_ALLOW_FILE_CLONE") {
-                None | Some("" | "0") => false,
-                Some("1") => true,
-                Some(other) => bail!("LOOM_ALLOW_FILE_CLONE is {other:?}; it must be 0 or 1"),
-            },
+            file_repositories: get("LOOM_FILE_REPOSITORIES")
+                .map(|list| std::env::split_paths(list).collect())
+                .unwrap_or_default(),
         })
     }
 }
@@ -141,7 +139,7 @@ mod tests {
         let config = read(&[]).unwrap();
         assert_eq!(config.weaver.to_string(), WEAVER);
         assert_eq!(config.udp, ["0.0.0.0:0".parse().unwrap(), "[::]:0".parse().unwrap()]);
-        assert!(!config.allow_file_clone);
+        assert!(config.file_repositories.is_empty());
     }
 
     #[test]

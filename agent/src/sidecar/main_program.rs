@@ -83,7 +83,7 @@ async fn clone(sidecar: &Sidecar, url: &str, branch: Option<&str>) -> Result<(),
         url: url.to_owned(),
         branch: branch.map(str::to_owned),
         workspace: sidecar.config.workspace_dir.clone(),
-        allow_file: sidecar.config.allow_file_clone,
+        file_repositories: sidecar.config.file_repositories.clone(),
     };
     let destination = repository.destination().map_err(|error| error.to_string())?;
     if tokio::fs::symlink_metadata(&destination).await.is_ok() {

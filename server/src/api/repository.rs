@@ -1,5 +1,7 @@
 //! What may be given as a weaver's repository and branch.
 
+use std::path::Path;
+
 use loom_api::ErrorCode;
 
 use super::weavers::MAX_NAME;
@@ -8,8 +10,13 @@ use crate::problem::{Answer, Problem};
 /// The kinds of URL that agents can clone.
 const SCHEMES: [&str; 4] = ["https", "http", "git", "file"];
 
-/// Checks a repository's URL, which everybody in the organisation can read, and its branch.
-pub(super) fn check(repo: Option<&str>, branch: Option<&str>) -> Answer<()> {
+/// Checks a repository's URL, which everybody in the organisation can read, and its branch. `accepts_file` says whether
+/// weavers can clone from a path on the server's machine.
+pub(super) fn check(
+    repo: Option<&str>,
+    branch: Option<&str>,
+    accepts_file: impl FnOnce(&Path) -> Result<(), String>,
+) -> Answer<()> {
     let invalid = |message: &str| Problem::new(ErrorCode::InvalidRequest, message);
     let Some(repo) = repo else {
         return if branch.is_some() { Err(invalid("a branch needs a repo")) } else { Ok(()) };
@@ -30,6 +37,14 @@ pub(super) fn check(repo: Option<&str>, branch: Option<&str>) -> Answer<()> {
             "for a private repository, leave --repo out, pass the credential as a secret (-e GIT_TOKEN), and clone inside the \
              weaver",
         ));
+    }
+    if scheme == "file" {
+        accepts_file(Path::new(rest)).map_err(|reason| {
+            invalid(&reason).hint(
+                "use an https:// URL, or ask the server's operator to list the repository's directory in \
+                 local-repositories",
+            )
+        })?;
     }
     if branch.is_some_and(|branch| !plain(branch) || branch.starts_with('-')) {
         return Err(invalid("the branch is not a branch's name"));
@@ -58,6 +73,11 @@ fn is_host(authority: &str, scheme: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn check(repo: Option<&str>, branch: Option<&str>) -> Answer<()> {
+        let accepts_file = |path: &Path| if path.starts_with("/srv/git") { Ok(()) } else { Err("no".to_owned()) };
+        super::check(repo, branch, accepts_file)
+    }
 
     #[test]
     fn credentials_are_refused_in_every_form_and_not_repeated() {
@@ -102,7 +122,16 @@ mod tests {
 
     #[test]
     fn what_is_no_url_is_refused() {
-        for url in ["", "project", "ssh://host/x", "ext::sh -c id", "https://", "https:///x", "https://host/a b"] {
+        for url in [
+            "",
+            "project",
+            "ssh://host/x",
+            "ext::sh -c id",
+            "https://",
+            "https:///x",
+            "https://host/a b",
+            "file:///etc",
+        ] {
             assert!(check(Some(url), None).is_err(), "{url}");
         }
         assert!(check(None, Some("main")).is_err());

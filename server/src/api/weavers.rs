@@ -109,7 +109,7 @@ fn plan(app: &AppState, caller: &UserCaller, request: CreateWeaver) -> Answer<Ne
     }
     let image = request.image.unwrap_or_else(|| app.config.default_image.clone());
     check_image(app, &image)?;
-    repository::check(request.repo.as_deref(), request.branch.as_deref())?;
+    repository::check(request.repo.as_deref(), request.branch.as_deref(), |path| app.provisioner.accepts_file(path))?;
     check_command(request.command.as_deref())?;
     let env = check_env(&request.env)?;
     let resources = request.resources.unwrap_or(app.config.resources);

@@ -4,6 +4,8 @@
 pub mod kubernetes;
 pub mod local;
 
+use std::path::Path;
+
 use async_trait::async_trait;
 use loom_api::{Secret, WeaverId, weaver::ResourceSpec};
 
@@ -102,6 +104,15 @@ pub trait Provisioner: Send + Sync + 'static {
     ///
     /// Why not, in words.
     fn accepts(&self, image: &str) -> Result<(), String>;
+
+    /// Says whether weavers can clone the `file://` repository at this path.
+    ///
+    /// # Errors
+    ///
+    /// Why not, in words.
+    fn accepts_file(&self, _path: &Path) -> Result<(), String> {
+        Err("weavers do not see the server's files: a file:// repository needs the local backend".to_owned())
+    }
 
     /// Finds out what an image is; nothing on a backend without images.
     ///

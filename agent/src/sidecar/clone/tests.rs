@@ -56,7 +56,8 @@ fn source(root: &Path) -> String {
 fn clone(root: &Path, url: &str, branch: Option<&str>) -> Repository {
     let workspace = root.join("workspace");
     fs::create_dir_all(&workspace).unwrap();
-    Repository { url: url.to_owned(), branch: branch.map(str::to_owned), workspace, allow_file: true }
+    let file_repositories = vec![root.canonicalize().unwrap()];
+    Repository { url: url.to_owned(), branch: branch.map(str::to_owned), workspace, file_repositories }
 }
 
 #[tokio::test]
@@ -102,11 +103,22 @@ async fn a_missing_repository_is_named() {
     assert!(error.contains("does not exist") && error.contains("/nothing"), "{error}");
 }
 
+#[tokio::test]
+async fn a_repository_elsewhere_is_refused_also_behind_a_link() {
+    let (root, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let url = source(elsewhere.path());
+    std::os::unix::fs::symlink(elsewhere.path().join("source"), root.path().join("link")).unwrap();
+    for url in [url, format!("file://{}/link", root.path().display())] {
+        let error = clone(root.path(), &url, None).run().await.unwrap_err().to_string();
+        assert!(error.contains("offers"), "{error}");
+    }
+}
+
 #[test]
 fn files_are_for_local_weavers_only() {
     let mut clone = clone(tempfile::tempdir().unwrap().path(), "file:///srv/app", None);
     assert!(clone.destination().is_ok());
-    clone.allow_file = false;
+    clone.file_repositories.clear();
     assert!(clone.destination().is_err());
     clone.url = "ssh://example.org/app".to_owned();
     assert!(clone.destination().is_err());

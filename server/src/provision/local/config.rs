@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +24,9 @@ pub struct Settings {
     /// [default: 61184]
     #[arg(long, env = "LOOM_SERVER_LOCAL_UID", value_name = "UID", global = true)]
     local_uid: Option<u32>,
+    /// Directories of git repositories on this machine that every user may clone from, by file:// URLs. [default: none]
+    #[arg(long, env = "LOOM_SERVER_LOCAL_REPOSITORIES", value_name = "DIR", value_delimiter = ',', global = true)]
+    local_repositories: Option<Vec<PathBuf>>,
 }
 
 /// The network of a local weaver's processes.
@@ -49,6 +52,8 @@ pub struct Config {
     pub network: Network,
     /// The first user and group that weavers run as when root runs the server.
     pub uid: u32,
+    /// Directories that weavers may clone from, without links in their paths.
+    pub repositories: Vec<PathBuf>,
     /// Whether agents use UDP, or the relay only.
     pub agent_udp: bool,
 }
@@ -68,6 +73,20 @@ impl Settings {
         let uid = self.local_uid.unwrap_or(61_184);
         ensure!(uid > 0, "weavers must not run as root: choose another --local-uid");
         let network = self.local_network.unwrap_or(Network::Isolated);
-        Ok(Config { directory: data_dir.join("weavers"), agent, image, network, uid, agent_udp })
+        let repositories = self
+            .local_repositories
+            .unwrap_or_default()
+            .iter()
+            .map(|directory| {
+                let found = directory.canonicalize().ok().filter(|path| path.is_dir() && path.parent().is_some());
+                found.with_context(|| {
+                    format!(
+                        "local-repositories: {} cannot be offered: it is not a directory, or the root",
+                        directory.display()
+                    )
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Config { directory: data_dir.join("weavers"), agent, image, network, uid, repositories, agent_udp })
     }
 }

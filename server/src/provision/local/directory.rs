@@ -228,7 +228,14 @@ mod tests {
         let mut given = None;
         let spec = |uid| {
             given = uid;
-            LocalSpec { weaver, server_url: String::new(), uid, isolated_network: true, udp: false }
+            LocalSpec {
+                weaver,
+                server_url: String::new(),
+                uid,
+                isolated_network: true,
+                udp: false,
+                repositories: Vec::new(),
+            }
         };
         directories.make(weaver, spec).unwrap();
         given

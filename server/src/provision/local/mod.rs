@@ -28,7 +28,7 @@ use std::{
     fs::{self, File},
     io::{ErrorKind, Read as _},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -61,6 +61,9 @@ struct LocalSpec {
     uid: Option<u32>,
     isolated_network: bool,
     udp: bool,
+    /// Directories that the sidecar may clone from.
+    #[serde(default)]
+    repositories: Vec<PathBuf>,
 }
 
 /// How far a supervisor is: `status.json`.
@@ -82,6 +85,7 @@ pub struct Local {
     image: String,
     isolated_network: bool,
     udp: bool,
+    repositories: Vec<PathBuf>,
     warnings: Vec<String>,
     changes: mpsc::Sender<WeaverId>,
     /// What was last seen of each weaver that has a directory.
@@ -113,6 +117,7 @@ impl Local {
             image: config.image.clone(),
             isolated_network,
             udp: config.agent_udp,
+            repositories: config.repositories.clone(),
             warnings,
             changes,
             phases: Mutex::default(),
@@ -227,6 +232,15 @@ impl Provisioner for Local {
         Err(format!("the local backend has no image {image}: weavers see this machine's own system"))
     }
 
+    fn accepts_file(&self, path: &Path) -> Result<(), String> {
+        // The same words for what is not there, so that nobody looks around on the machine in this way.
+        path.canonicalize()
+            .ok()
+            .filter(|found| self.repositories.iter().any(|directory| found.starts_with(directory)))
+            .map(drop)
+            .ok_or_else(|| format!("this server offers no repository {} to weavers", path.display()))
+    }
+
     async fn resolve(&self, _image: &str) -> Result<Option<ResolvedImage>, ProvisionError> {
         Ok(None)
     }
@@ -242,6 +256,7 @@ impl Provisioner for Local {
             uid,
             isolated_network: self.isolated_network,
             udp: self.udp,
+            repositories: self.repositories.clone(),
         })?;
         self.spawn(new).await?;
         Ok(self.watch(spec.weaver)?)

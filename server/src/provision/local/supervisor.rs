@@ -172,11 +172,13 @@ fn start_sidecar(spec: &LocalSpec, host_pid: i32) -> Result<Child> {
         .env("LOOM_RUN_DIR", "run")
         .env("LOOM_HOST_PID", host_pid.to_string())
         .env("LOOM_WORKSPACE_DIR", "workspace")
-        .env("LOOM_ALLOW_FILE_CLONE", "1")
         // Not the weaver's home, whose files its user writes.
         .env("HOME", "sidecar")
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")
         .stdin(Stdio::null());
+    if !spec.repositories.is_empty() {
+        command.env("LOOM_FILE_REPOSITORIES", std::env::join_paths(&spec.repositories)?);
+    }
     if !spec.udp {
         command.env("LOOM_UDP_BIND", "off");
     }

@@ -50,6 +50,8 @@ pub enum AdmissionError {
     Key(#[from] KeyError),
     #[error(transparent)]
     Agent(#[from] AgentError),
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
 }
 
 impl Admission {
@@ -69,10 +71,11 @@ impl Admission {
         weaver: WeaverId,
         device: WireGuardKey,
         candidates: Vec<SocketAddr>,
+        token: i64,
     ) -> Result<Admitted, AdmissionError> {
         let (weaver, agent, device_address) = {
             let _turn = self.one_at_a_time.lock().await;
-            let (mut weaver, address) = self.store.admit(user, weaver, device, &candidates).await?;
+            let (mut weaver, address) = self.store.admit(user, weaver, device, &candidates, token).await?;
             let Some(agent) = weaver.agent.take() else {
                 return Err(KeyError::NotReachable(Some(Box::new(weaver))).into());
             };
@@ -91,6 +94,11 @@ impl Admission {
         let preshared_key = grant.preshared_key.clone();
         // Not in turn: an agent that does not answer must not keep others out.
         self.agents.grant(weaver.id, grant).await?;
+        // Revoked while the agent was told: then the revocation may have reached it first.
+        if self.store.grant(weaver.id, device).await?.is_none() {
+            self.agents.send(weaver.id, ServerMessage::Revoke { public_key: device });
+            return Err(KeyError::NotEntitled.into());
+        }
         Ok(Admitted { weaver, agent, device_address, preshared_key })
     }
 
@@ -103,6 +111,13 @@ impl Admission {
             }
             self.agents.send(weaver, ServerMessage::Revoke { public_key: device });
         }
+        Ok(())
+    }
+
+    /// The same for a device that has lost its right. Its relay connection ends too, so that its owner asks why.
+    pub async fn shut_out(&self, user: UserId, weaver: WeaverId, device: WireGuardKey) -> sqlx::Result<()> {
+        self.revoke(user, weaver, device).await?;
+        self.relay.hang_up(&device);
         Ok(())
     }
 

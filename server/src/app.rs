@@ -22,7 +22,9 @@ use crate::{
     provision::{Provisioner, kubernetes::Kubernetes, local::Local},
     reconcile::{Parts, Reconciler, deadlines::Deadlines},
     relay::Relay,
+    revocation::Revocation,
     secrets::Secrets,
+    sessions::Sessions,
     sign_in,
     state::{AppState, Shared},
     store::Store,
@@ -107,6 +109,14 @@ impl App {
         let mut tasks = JoinSet::new();
         tasks.spawn(reconciler.clone().run(changed));
         tasks.spawn(Deadlines::new(reconciler.clone(), deadline_changed, config.cleanup_interval).run());
+        let sessions = Sessions::new(config.session_limits);
+        let revocation = Revocation {
+            store: store.clone(),
+            sessions: Arc::clone(&sessions),
+            admission: Arc::clone(&admission),
+            reconciler: reconciler.clone(),
+        };
+        tasks.spawn(revocation.run());
         let metrics_listener = match config.metrics_listen {
             Some(address) => {
                 Some(TcpListener::bind(address).await.with_context(|| format!("listening for metrics at {address}"))?)
@@ -126,6 +136,7 @@ impl App {
             streams: Streams::new(Arc::clone(&agents)),
             agents,
             relay,
+            sessions,
             admission,
             deadlines,
             stopping: CancellationToken::new(),

@@ -20,7 +20,7 @@ use toml::Table;
 
 use crate::{
     provision::{kubernetes, local},
-    tls,
+    sessions, tls,
 };
 
 /// Everything that was given on the command line and in the environment.
@@ -78,6 +78,12 @@ struct ServerSettings {
     /// The most weavers of one user at a time, in all organisations. [default: max-weavers]
     #[arg(long, env = "LOOM_SERVER_MAX_WEAVERS_PER_USER", value_name = "N", global = true)]
     max_weavers_per_user: Option<u32>,
+    /// Limit of open terminals, event streams, log streams and relay connections, each, of one user. [default: 1000]
+    #[arg(long, env = "LOOM_SERVER_MAX_USER_CONNECTIONS", value_name = "N", global = true)]
+    max_user_connections: Option<u32>,
+    /// The same limit for all members of an organisation together. [default: 5000]
+    #[arg(long, env = "LOOM_SERVER_MAX_ORG_CONNECTIONS", value_name = "N", global = true)]
+    max_org_connections: Option<u32>,
     /// Seconds between two sweeps for weavers whose timer was missed. [default: 60]
     #[arg(long, env = "LOOM_SERVER_WEAVER_CLEANUP_INTERVAL_SECS", value_name = "SECONDS", global = true)]
     weaver_cleanup_interval_secs: Option<u64>,
@@ -123,6 +129,8 @@ pub struct Config {
     pub resources: ResourceSpec,
     /// The most weavers of one organisation at a time.
     pub max_weavers: u32,
+    /// The most connections of one kind.
+    pub session_limits: sessions::Limits,
     /// How long after its last use a login ends.
     pub login_life: SignedDuration,
     /// The most weavers of one user at a time.
@@ -194,6 +202,10 @@ impl Settings {
             default_image,
             resources,
             max_weavers: server.max_weavers.unwrap_or(100),
+            session_limits: sessions::Limits {
+                per_user: server.max_user_connections.unwrap_or(1000) as usize,
+                per_org: server.max_org_connections.unwrap_or(5000) as usize,
+            },
             login_life: SignedDuration::from_hours(24 * i64::from(login_days)),
             max_weavers_per_user: server.max_weavers_per_user.or(server.max_weavers).unwrap_or(100),
             cleanup_interval: Duration::from_secs(seconds),

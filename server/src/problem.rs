@@ -67,6 +67,7 @@ impl From<KeyError> for Problem {
     fn from(error: KeyError) -> Self {
         match error {
             KeyError::Taken => Self::new(ErrorCode::Forbidden, error.to_string()),
+            KeyError::NotEntitled => Self::new(ErrorCode::Unauthorized, error.to_string()).hint("log in: loom login"),
             KeyError::TooManyDevices | KeyError::TooManyGrants => {
                 Self::new(ErrorCode::TooManyWeavers, error.to_string()).hint("those that are not used are forgotten")
             }
@@ -85,6 +86,7 @@ impl From<AdmissionError> for Problem {
         match error {
             AdmissionError::Key(error) => error.into(),
             AdmissionError::Agent(error) => error.into(),
+            AdmissionError::Database(error) => error.into(),
         }
     }
 }

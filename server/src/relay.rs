@@ -67,6 +67,13 @@ impl Relay {
         }
     }
 
+    /// Ends a key's connection. Its owner comes back, and finds what has changed.
+    pub fn hang_up(&self, key: &WireGuardKey) {
+        if let Some(connection) = self.connection(key) {
+            connection.close();
+        }
+    }
+
     /// The holder of `before` has the key `now`, and may talk to the same peers.
     pub fn replace(&self, before: WireGuardKey, now: WireGuardKey) {
         {

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admission::Admission, agents::Hub, config::Config, events::Events, metrics::Metrics, provision::Provisioner,
-    reconcile::Reconciler, relay::Relay, secrets::Secrets, store::Store, streams::Streams,
+    reconcile::Reconciler, relay::Relay, secrets::Secrets, sessions::Sessions, store::Store, streams::Streams,
 };
 
 /// What handlers share. Cheap to clone.
@@ -45,6 +45,8 @@ pub struct Shared {
     pub streams: Streams,
     /// The relay.
     pub relay: Arc<Relay>,
+    /// Connections that people have opened.
+    pub sessions: Arc<Sessions>,
     /// Who may reach which weaver.
     pub admission: Arc<Admission>,
     /// Where weavers are named whose deadline is new.

@@ -104,10 +104,19 @@ impl System {
     ///
     /// When the server refuses.
     pub fn attach_socket(&self, weaver: &Weaver, subprotocol: Option<&str>) -> Result<WebSocket<TcpStream>> {
+        self.attach_socket_as(&self.admin_token()?, weaver, subprotocol)
+    }
+
+    /// Opens an attach WebSocket with a given token.
+    pub fn attach_socket_as(
+        &self,
+        token: &str,
+        weaver: &Weaver,
+        subprotocol: Option<&str>,
+    ) -> Result<WebSocket<TcpStream>> {
         let authority = self.url().trim_start_matches("http://").to_owned();
         let uri = format!("ws://{authority}/api/weavers/{}/attach?rows=24&cols=80", weaver.id).parse()?;
-        let mut request =
-            ClientRequestBuilder::new(uri).with_header("Authorization", format!("Bearer {}", self.admin_token()?));
+        let mut request = ClientRequestBuilder::new(uri).with_header("Authorization", format!("Bearer {token}"));
         if let Some(subprotocol) = subprotocol {
             request = request.with_sub_protocol(subprotocol);
         }

@@ -47,7 +47,7 @@ fn a_suspended_user_has_no_rights_until_resumed_and_a_removed_one_never() -> Res
     let ada = system.add_user("ada")?;
     system.manage(&["user", "suspend", "ada"])?;
     let suspended = system.request(Some(&ada), "GET", "/api/me", None)?;
-    assert_eq!((suspended.status, suspended.code()), (403, "forbidden"));
+    assert_eq!((suspended.status, suspended.code()), (401, "unauthorized"));
     assert!(suspended.body["error"]["message"].as_str().unwrap_or_default().contains("suspended"));
     assert!(system.manage(&["user", "list"])?.contains("suspended"));
     system.manage(&["user", "resume", "ada"])?;

@@ -78,6 +78,8 @@ pub(crate) struct Node {
     ended: Mutex<VecDeque<TunnelStatus>>,
     /// The server says that the node belongs to another of its users.
     foreign: AtomicBool,
+    /// The relay was connected before.
+    relayed: AtomicBool,
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -98,6 +100,7 @@ impl Node {
             addresses: LoopbackAddresses::default(),
             ended: Mutex::default(),
             foreign: AtomicBool::new(false),
+            relayed: AtomicBool::new(false),
             tasks: Mutex::default(),
         })
     }
@@ -223,9 +226,34 @@ impl Node {
                 self.forget(weaver, &error).await;
                 return Err(error);
             }
-            Err(error) => weaver.set_problem(Some(error.to_string())),
+            Err(error) => {
+                weaver.set_problem(Some(error.to_string()));
+                // Other commands may have better tokens, so the weaver stays.
+                if error.code() == Some(ErrorCode::Unauthorized) {
+                    return Err(error.into());
+                }
+            }
         }
         Ok(())
+    }
+
+    /// The server has answered to a request for the relay. When that was connected before, the server may have ended it
+    /// because our admission to a weaver was revoked: what flows to that weaver would otherwise hang.
+    pub(super) fn relay_answered(self: &Arc<Self>) {
+        if !self.relayed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let node = Arc::downgrade(self);
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(async move {
+            let Some(node) = node.upgrade() else { return };
+            for weaver in node.weavers() {
+                if let Err(error) = node.ask(&weaver).await
+                    && node.known(&weaver.id.to_string()).is_some()
+                {
+                    node.forget(&weaver, &error).await;
+                }
+            }
+        });
     }
 
     /// Asks the server to admit us to a weaver, waits while it says "not yet", and tells the node.

@@ -14,7 +14,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
-use loom_api::client::WebSocket;
+use loom_api::{ErrorCode, client::WebSocket};
 use loom_tunnel::relay::{RelayChannel, RelayConnector, frame};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_tungstenite::tungstenite::{Error, Message};
@@ -34,6 +34,11 @@ impl RelayConnector for Relay {
         let node = self.0.upgrade().ok_or_else(|| io::Error::other("the node has ended"))?;
         let path = format!("/api/relay?key={}", URL_SAFE_NO_PAD.encode(node.public_key().as_bytes()));
         let opening = node.client().websocket(&path, Some(frame::SUBPROTOCOL), frame::MAX_MESSAGE).await;
+        match &opening {
+            Ok(_) => node.relay_answered(),
+            Err(error) if error.code() == Some(ErrorCode::Unauthorized) => node.relay_answered(),
+            Err(_) => {}
+        }
         let socket = Arc::new(Mutex::new(Socket::new(opening.map_err(io::Error::other)?)));
         Ok((Box::pin(Writer(Arc::clone(&socket))), Box::pin(Reader(socket))))
     }

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     problem::{Answer, Problem},
+    sessions::SessionKind,
     state::AppState,
 };
 
@@ -47,7 +48,9 @@ pub async fn attach(
     upgrade: WebSocketUpgrade,
 ) -> Answer<Response> {
     let Query(query) = query.map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.body_text()))?;
-    let weaver = find_running(&app, &caller, &reference).await?.id;
+    let row = find_running(&app, &caller, &reference).await?;
+    let session = app.sessions.register(SessionKind::Attach, caller.principal(Some(row.org_id)))?;
+    let weaver = row.id;
     // Opened before the upgrade, so that a weaver that is not ready is an ordinary error.
     let agent = or_gone(&app, weaver, app.streams.open(weaver, StreamKind::Attach(query)).await).await?;
     let upgrade = upgrade.protocols([SUBPROTOCOL]).max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME);
@@ -58,6 +61,7 @@ pub async fn attach(
         let bridge = Bridge { translate: plain.then(Plain::default) };
         tokio::select! {
             () = bridge.run(client, agent) => {}
+            () = session.ended() => {}
             () = stopping.cancelled() => {} // both sockets close; the client comes back
         }
     }))

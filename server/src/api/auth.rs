@@ -13,6 +13,7 @@ use loom_api::{
 
 use crate::{
     problem::{Answer, Problem},
+    sessions::Principal,
     state::AppState,
     store::{Token, TokenOwner},
 };
@@ -59,6 +60,11 @@ pub enum Caller {
 }
 
 impl UserCaller {
+    /// Whose a connection is that the caller opens; it ends when the caller leaves `org`.
+    pub const fn principal(&self, org: Option<OrgId>) -> Principal {
+        Principal { user: self.user.id, token: self.token.id, org, revision: self.token.revision }
+    }
+
     /// Whether the caller belongs to an organisation.
     #[must_use]
     pub fn is_in(&self, org: OrgId) -> bool {
@@ -97,7 +103,7 @@ fn user_caller(token: Token) -> Answer<Caller> {
             Ok(Caller::User(UserCaller { user, organisations, token: user_token(token.kind) }))
         }
         TokenOwner::Suspended(user) => {
-            Err(Problem::new(ErrorCode::Forbidden, format!("the user {} is suspended", user.name))
+            Err(Problem::new(ErrorCode::Unauthorized, format!("the user {} is suspended", user.name))
                 .hint("ask whoever runs the server"))
         }
         TokenOwner::Agent(weaver) => Ok(Caller::Agent(AgentCaller(weaver))),

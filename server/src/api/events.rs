@@ -11,13 +11,14 @@ use axum::{
         sse::{Event, KeepAlive, Sse},
     },
 };
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt as _};
 use loom_api::{ErrorCode, WeaverId, weaver::WeaverEvent};
 use serde::Deserialize;
 
 use super::{auth::UserCaller, weavers::find};
 use crate::{
     problem::{Answer, Problem},
+    sessions::SessionKind,
     state::AppState,
 };
 
@@ -49,14 +50,17 @@ pub async fn events(
     query: Result<Query<EventsQuery>, QueryRejection>,
 ) -> Answer<Response> {
     let Query(query) = query.map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.body_text()))?;
-    let weaver = find(&app, &caller, &reference).await?.id;
+    let row = find(&app, &caller, &reference).await?;
+    let weaver = row.id;
     // A client that comes back says where it was (WHATWG HTML §9.2.4).
     let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
     let after = last.unwrap_or(query.after);
     if !query.follow {
         return Ok(Json(app.store.events(weaver, after).await?).into_response());
     }
-    Ok(Sse::new(follow(app, weaver, after)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+    let session = app.sessions.register(SessionKind::Events, caller.principal(Some(row.org_id)))?;
+    let events = follow(app, weaver, after).take_until(async move { session.ended().await });
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
 }
 
 /// Events as they come, until the client goes or the server stops.

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     problem::{Answer, Problem},
+    sessions::{Session, SessionKind},
     state::AppState,
 };
 
@@ -44,6 +45,7 @@ pub async fn logs(
     let body = if row.has_ended() {
         Body::from(app.store.output(row.id).await?)
     } else {
+        let session = app.sessions.register(SessionKind::Logs, caller.principal(Some(row.org_id)))?;
         let opened = app.streams.open(row.id, StreamKind::Logs { follow: query.follow }).await;
         let agent = or_gone(&app, row.id, opened).await?;
         // The stream ends where the agent closes it; a connection that is cut ends the same.
@@ -54,12 +56,15 @@ pub async fn logs(
                     Ok(_) => None,
                     Err(error) => Some(Err(error)),
                 })
-                .take_until(stopped(app)),
+                .take_until(stopped(app, session)),
         )
     };
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
 
-async fn stopped(app: AppState) {
-    app.stopping.cancelled().await;
+async fn stopped(app: AppState, session: Session) {
+    tokio::select! {
+        () = app.stopping.cancelled() => {}
+        () = session.ended() => {}
+    }
 }

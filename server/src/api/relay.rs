@@ -14,6 +14,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::{Bytes, BytesMut};
 use futures_util::{
     SinkExt as _, StreamExt as _,
+    future::OptionFuture,
     stream::{SplitSink, SplitStream},
 };
 use loom_api::{ErrorCode, WireGuardKey};
@@ -25,6 +26,7 @@ use super::auth::{AgentCaller, Caller};
 use crate::{
     problem::{Answer, Problem},
     relay::Connection,
+    sessions::{Session, SessionKind},
     state::AppState,
     store::KeyOwner,
 };
@@ -63,6 +65,10 @@ pub async fn relay(
     if !owns(&app, &caller, key).await? {
         return Err(Problem::new(ErrorCode::Forbidden, "this WireGuard key is not the caller's"));
     }
+    let session = match &caller {
+        Caller::User(user) => Some(app.sessions.register(SessionKind::Relay, user.principal(None))?),
+        Caller::Agent(_) => None, // its connection ends with its weaver
+    };
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(frame::MAX_MESSAGE)
@@ -76,6 +82,7 @@ pub async fn relay(
             result = read(&app, key, &connection, stream) => result,
             result = write(&connection, sink) => result,
             () = app.stopping.cancelled() => Ok(()),
+            Some(()) = OptionFuture::from(session.as_ref().map(Session::ended)) => Ok(()),
         };
         app.relay.disconnect(&key, &connection);
         if let Err(error) = result {

@@ -37,8 +37,9 @@ pub async fn open(
     if request.candidates.len() > MAX_CANDIDATES {
         return Err(Problem::new(ErrorCode::InvalidRequest, format!("more than {MAX_CANDIDATES} candidates")));
     }
-    let UserCaller { user, .. } = caller;
-    let admitted = app.admission.admit(user.id, &user.name, weaver, request.public_key, request.candidates).await?;
+    let UserCaller { user, token, .. } = caller;
+    let admitted =
+        app.admission.admit(user.id, &user.name, weaver, request.public_key, request.candidates, token.id).await?;
     Ok(Json(TunnelGrant {
         weaver_id: weaver,
         peer_key: admitted.agent.wireguard_key,

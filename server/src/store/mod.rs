@@ -7,6 +7,7 @@
 //! [`tunnels`] devices, addresses and grants. Methods are on [`Store`], which is cheap to clone.
 
 mod identity;
+mod rights;
 mod tokens;
 mod tunnels;
 mod weavers;

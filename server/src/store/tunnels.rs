@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use loom_api::{UserId, WeaverId, WireGuardKey};
 use sqlx::{Sqlite, Transaction};
 
-use super::{Store, millis, parsed, timestamp, weavers};
+use super::{Store, millis, parsed, rights::entitles, timestamp, weavers};
 use crate::weaver::Weaver;
 
 /// The part of the deployment's prefix that devices live in.
@@ -27,6 +27,8 @@ pub enum KeyError {
     TooManyDevices,
     #[error("there are {MAX_GRANTS} admissions, as many as a weaver and a user may have")]
     TooManyGrants,
+    #[error("the token is unknown, expired or revoked")]
+    NotEntitled,
     /// The weaver has ended, or its agent has not registered yet.
     #[error("the weaver cannot be reached")]
     NotReachable(Option<Box<Weaver>>),
@@ -86,6 +88,7 @@ impl Store {
         weaver: WeaverId,
         key: WireGuardKey,
         candidates: &[SocketAddr],
+        token: i64,
     ) -> Result<(Weaver, Ipv6Addr), KeyError> {
         let candidates = serde_json::to_string(candidates).map_err(|error| sqlx::Error::Encode(error.into()))?;
         let now = millis(Timestamp::now());
@@ -95,6 +98,9 @@ impl Store {
             let found = weavers::read(&mut transaction, weaver).await?;
             return Err(KeyError::NotReachable(found.map(Box::new)));
         };
+        if !entitles(&mut transaction, token, found.org_id).await? {
+            return Err(KeyError::NotEntitled);
+        }
         claim(&mut transaction, key, KeyOwner::User(user)).await?;
         let address = self.address(DEVICE_SUBNET, key.as_bytes());
         sqlx::query(
@@ -109,13 +115,15 @@ impl Store {
         .execute(&mut *transaction)
         .await?;
         sqlx::query(
-            "INSERT INTO grants (weaver_id, public_key, candidates, expires_at) VALUES (?, ?, ?, ?) \
-             ON CONFLICT (weaver_id, public_key) DO UPDATE SET candidates = excluded.candidates, expires_at = excluded.expires_at",
+            "INSERT INTO grants (weaver_id, public_key, candidates, expires_at, token_id) VALUES (?, ?, ?, ?, ?) \
+             ON CONFLICT (weaver_id, public_key) DO UPDATE SET candidates = excluded.candidates, \
+             expires_at = excluded.expires_at, token_id = excluded.token_id",
         )
         .bind(weaver.to_string())
         .bind(key.to_string())
         .bind(candidates)
         .bind(millis(found.expires_at))
+        .bind(token)
         .execute(&mut *transaction)
         .await?;
         // Counted with the new ones; what is too much is rolled back.

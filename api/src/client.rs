@@ -4,7 +4,7 @@
 //! trust roots and time-outs work alike for API calls, the control link, the relay and attach. A WebSocket is an
 //! ordinary request that the server answers with 101 (RFC 6455 §4); its frames are then `tungstenite`'s.
 
-use std::{error::Error as _, net::IpAddr, sync::Once, time::Duration};
+use std::{net::IpAddr, sync::Once, time::Duration};
 
 use bytes::BytesMut;
 use futures_util::{Stream, StreamExt as _};
@@ -18,7 +18,8 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{ApiError, ErrorBody, ErrorCode, Secret};
+pub use crate::connection::ConnectionFailure;
+use crate::{ApiError, ErrorBody, ErrorCode, Secret, connection};
 
 /// How long a server may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,7 +49,9 @@ pub enum ClientError {
     Unreachable {
         /// The server's address.
         server: String,
-        /// The innermost reason.
+        /// What kind of failure it is.
+        failure: ConnectionFailure,
+        /// The reason in words.
         reason: String,
     },
     /// The server refused, and says why.
@@ -61,6 +64,8 @@ pub enum ClientError {
         server: String,
         /// What was odd.
         reason: String,
+        /// The HTTP status, when that was odd.
+        status: Option<u16>,
     },
 }
 
@@ -71,6 +76,19 @@ impl ClientError {
         match self {
             Self::Api(error) => Some(error.code),
             _ => None,
+        }
+    }
+
+    /// Whether the same request may succeed soon: the server, or a proxy in front of it, is overloaded, restarting or
+    /// out of reach.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        let passing = |status: u16| status == 429 || status >= 500;
+        match self {
+            Self::BadUrl { .. } => false,
+            Self::Unreachable { failure, .. } => failure.is_passing(),
+            Self::Api(error) => passing(error.code.http_status()),
+            Self::Protocol { status, .. } => status.is_some_and(passing),
         }
     }
 }
@@ -121,14 +139,18 @@ impl Client {
             "http" => return Err(bad("plain http is for loopback only; use https")),
             _ => return Err(bad("it must begin with https:// (or http:// on loopback)")),
         }
-        let authorities = reqwest::Certificate::from_pem_bundle(authorities.as_bytes())
-            .map_err(|_| bad("the certificate authorities given for it cannot be read"))?;
+        const UNREADABLE: &str = "the certificates of authorities given for it cannot be read";
+        let authorities = reqwest::Certificate::from_pem_bundle(authorities.as_bytes()).map_err(|_| bad(UNREADABLE))?;
+        let without_authorities = authorities.is_empty();
         let http = reqwest::Client::builder()
             .tls_certs_merge(authorities)
             .connect_timeout(CONNECT_TIMEOUT)
             .user_agent(concat!("loom/", env!("CARGO_PKG_VERSION")))
             .build()
-            .map_err(|_| bad("the TLS library cannot be set up"))?;
+            .map_err(|_| match without_authorities {
+                true => bad("this system has no certificates of authorities; install ca-certificates"),
+                false => bad(UNREADABLE),
+            })?;
         Ok(Self { http, base, token })
     }
 
@@ -219,11 +241,13 @@ impl Client {
                     let item = serde_json::from_slice(data).map_err(|error| ClientError::Protocol {
                         server: server.clone(),
                         reason: format!("an event that cannot be read: {error}"),
+                        status: None,
                     })?;
                     return Ok(Some((item, (body, buffer, server))));
                 }
                 if buffer.len() > MAX_LINE {
-                    return Err(ClientError::Protocol { server, reason: "an event without an end".to_owned() });
+                    let reason = "an event without an end".to_owned();
+                    return Err(ClientError::Protocol { server, reason, status: None });
                 }
                 match body.next().await {
                     Some(chunk) => buffer.extend_from_slice(&chunk?),
@@ -271,6 +295,7 @@ impl Client {
             Err(_) => {
                 return Err(ClientError::Unreachable {
                     server: self.base.to_string(),
+                    failure: ConnectionFailure::TimedOut,
                     reason: "timed out while opening a WebSocket".to_owned(),
                 });
             }
@@ -312,12 +337,16 @@ impl Client {
         let body = response.bytes().await.unwrap_or_default();
         match serde_json::from_slice::<ErrorBody>(&body) {
             Ok(body) => Err(body.error.into()),
-            Err(_) => Err(self.protocol_error(&format!("HTTP {status}, and not from a Loom server"))),
+            Err(_) => Err(ClientError::Protocol {
+                server: self.base.to_string(),
+                reason: format!("HTTP {status}, and not from a Loom server"),
+                status: Some(status.as_u16()),
+            }),
         }
     }
 
     fn protocol_error(&self, reason: &str) -> ClientError {
-        ClientError::Protocol { server: self.base.to_string(), reason: reason.to_owned() }
+        ClientError::Protocol { server: self.base.to_string(), reason: reason.to_owned(), status: None }
     }
 }
 
@@ -329,18 +358,9 @@ fn is_loopback(url: &Url) -> bool {
     }
 }
 
-/// The innermost cause says what happened ("connection refused"); the outer ones only repeat the address.
 fn unreachable_error(server: &Url, error: &reqwest::Error) -> ClientError {
-    let mut reason = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        reason = inner.to_string();
-        source = inner.source();
-    }
-    if error.is_timeout() {
-        "timed out".clone_into(&mut reason);
-    }
-    ClientError::Unreachable { server: server.to_string(), reason }
+    let (failure, reason) = connection::describe(server, error);
+    ClientError::Unreachable { server: server.to_string(), failure, reason }
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ pub mod agent;
 pub mod attach;
 #[cfg(feature = "client")]
 pub mod client;
+#[cfg(feature = "client")]
+mod connection;
 pub mod error;
 pub mod ids;
 pub mod key;

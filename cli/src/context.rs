@@ -114,13 +114,28 @@ impl Context {
         self.token.is_some()
     }
 
+    /// The authorities that the user trusts for the server, in PEM; empty when only the system's count.
+    ///
+    /// # Errors
+    ///
+    /// When no server is known, or what is kept cannot be read.
+    pub(crate) fn authorities(&self) -> Result<String, CliError> {
+        let url = self.server_url()?;
+        // Whoever brings the token and the server along may have no place where anything is kept.
+        match self.credentials() {
+            Ok(credentials) => Ok(credentials.authorities(&url).to_owned()),
+            Err(_) if self.token.is_some() => Ok(String::new()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// A client that may do what the user may.
     ///
     /// # Errors
     ///
     /// When nobody is logged in, or the server's address cannot be used.
     pub(crate) fn client(&self) -> Result<Client, CliError> {
-        Ok(Client::new(&self.server_url()?, Some(self.token()?))?)
+        Ok(Client::trusting(&self.server_url()?, Some(self.token()?), &self.authorities()?)?)
     }
 
     /// A client without a token.
@@ -129,7 +144,7 @@ impl Context {
     ///
     /// When no server is known or its address cannot be used.
     pub(crate) fn anonymous_client(&self) -> Result<Client, CliError> {
-        Ok(Client::new(&self.server_url()?, None)?)
+        Ok(Client::trusting(&self.server_url()?, None, &self.authorities()?)?)
     }
 
     /// The tokens that are kept.

@@ -1,4 +1,8 @@
-//! The tokens of `loom login`, one for each server, in a file that only its user can read.
+//! What `loom login` keeps of each server, in a file that only its user can read: the token, and the authorities that
+//! sign its certificate when `--ca` named some.
+//!
+//! Authorities are kept as they are, not as the name of a file: that could be moved, or changed by somebody else, and
+//! the daemon has another working directory.
 //!
 //! `credentials.toml` is written anew and put in place by a rename, so that a crash leaves the old one or the new one.
 //! A file that others can read is refused rather than mended: its tokens must be taken for known.
@@ -32,10 +36,15 @@ pub(crate) struct Credentials {
     servers: BTreeMap<String, Server>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct Server {
-    token: Secret,
+    /// None after a logout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<Secret>,
+    /// Certificates in PEM.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    authorities: String,
 }
 
 impl Credentials {
@@ -79,18 +88,32 @@ impl Credentials {
 
     /// The token for the server at `url`.
     pub(crate) fn token(&self, url: &str) -> Option<Secret> {
-        self.servers.get(url).map(|server| server.token.clone())
+        self.servers.get(url)?.token.clone()
+    }
+
+    /// The authorities that the user trusts for the server at `url`, in PEM; empty when only the system's count.
+    pub(crate) fn authorities(&self, url: &str) -> &str {
+        self.servers.get(url).map_or("", |server| &server.authorities)
+    }
+
+    /// Trusts `authorities`, in PEM, for the server at `url`, and no others that were kept for it.
+    pub(crate) fn trust(&mut self, url: &str, authorities: &str) {
+        authorities.clone_into(&mut self.servers.entry(url.to_owned()).or_default().authorities);
     }
 
     /// Keeps a token, and makes its server the default.
     pub(crate) fn remember(&mut self, url: &str, token: Secret) {
-        self.servers.insert(url.to_owned(), Server { token });
+        self.servers.entry(url.to_owned()).or_default().token = Some(token);
         self.default_server = Some(url.to_owned());
     }
 
-    /// Drops a server's token. The server stays the default, so that `loom login` alone is enough to come back.
+    /// Drops a server's token. The server stays the default and its authorities trusted, so that `loom login` alone is
+    /// enough to come back.
     pub(crate) fn forget(&mut self, url: &str) {
-        self.servers.remove(url);
+        if let Some(server) = self.servers.get_mut(url) {
+            server.token = None;
+        }
+        self.servers.retain(|_, server| server.token.is_some() || !server.authorities.is_empty());
     }
 
     /// Writes the file.
@@ -155,6 +178,19 @@ mod tests {
         let read = Credentials::read(&directory).expect("readable");
         assert!(read.token("https://b.example").is_none() && read.token("https://a.example").is_some());
         assert_eq!(fs::read_dir(&directory).expect("there").count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn authorities_outlive_a_logout_and_a_new_login() {
+        let mut credentials = Credentials::default();
+        credentials.remember("https://a.example", "token-a".to_owned().into());
+        assert_eq!(credentials.authorities("https://a.example"), "");
+        credentials.trust("https://a.example", "PEM");
+        credentials.forget("https://a.example");
+        assert!(credentials.token("https://a.example").is_none());
+        credentials.remember("https://a.example", "token-b".to_owned().into());
+        assert_eq!(credentials.authorities("https://a.example"), "PEM");
+        assert_eq!(credentials.authorities("https://b.example"), "");
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use std::{fmt, io};
 
-use loom_api::{ApiError, ErrorCode, client::ClientError};
+use loom_api::{
+    ApiError, ErrorCode,
+    client::{ClientError, ConnectionFailure},
+};
 
 /// What the process ends with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,9 +168,9 @@ impl From<ClientError> for CliError {
             ClientError::Api(error) => error.into(),
             ClientError::BadUrl { .. } => Self::usage(error.to_string())
                 .hint("set it with --server-url, LOOM_SERVER_URL or server_url in config.toml"),
-            ClientError::Unreachable { ref reason, .. } => {
-                let exit = if reason.contains("timed out") { Exit::TIMED_OUT } else { Exit::FAILURE };
-                Self::new(exit, error.to_string()).hint("check the server's address and your network, then try again")
+            ClientError::Unreachable { failure, .. } => {
+                let exit = if failure == ConnectionFailure::TimedOut { Exit::TIMED_OUT } else { Exit::FAILURE };
+                Self::new(exit, error.to_string()).hint(connection_hint(failure))
             }
             ClientError::Protocol { .. } => {
                 Self::failure(error.to_string()).hint("check that --server-url is a Loom server's; see: loom version")
@@ -179,6 +182,29 @@ impl From<ClientError> for CliError {
 impl From<io::Error> for CliError {
     fn from(error: io::Error) -> Self {
         Self::failure(error.to_string())
+    }
+}
+
+/// What to do about a connection that did not come about.
+const fn connection_hint(failure: ConnectionFailure) -> &'static str {
+    match failure {
+        ConnectionFailure::Refused => "check that the server runs, and the port in its address",
+        ConnectionFailure::UnknownHost => "check the spelling of the server's name, and that you are online",
+        ConnectionFailure::UnknownIssuer => {
+            "if you trust the server's own authority, give its certificate once: loom login --ca FILE \
+             (programs: SSL_CERT_FILE=FILE)"
+        }
+        ConnectionFailure::WrongName => {
+            "use a name that the certificate is for in --server-url, or ask for a certificate for this one"
+        }
+        ConnectionFailure::Expired => "ask the server's operator to renew it, or correct this machine's clock",
+        ConnectionFailure::NotYetValid => "correct this machine's clock, or ask the server's operator",
+        ConnectionFailure::BadCertificate => "ask the server's operator for another certificate",
+        ConnectionFailure::PlainHttp => {
+            "check the port; plain HTTP is for a server on this machine: --server-url http://127.0.0.1:PORT"
+        }
+        ConnectionFailure::Https => "check the port, or use https:// in --server-url",
+        _ => "check the server's address and your network, then try again",
     }
 }
 
@@ -229,9 +255,9 @@ mod tests {
             assert_eq!(CliError::from(ApiError::new(code, "no")).exit(), Exit(exit), "{code:?}");
         }
         let unreachable =
-            |reason: &str| ClientError::Unreachable { server: "https://loom.example/".into(), reason: reason.into() };
-        assert_eq!(CliError::from(unreachable("timed out")).exit(), Exit::TIMED_OUT);
-        assert_eq!(CliError::from(unreachable("connection refused")).exit(), Exit::FAILURE);
+            |failure| ClientError::Unreachable { server: "https://loom.example/".into(), failure, reason: "no".into() };
+        assert_eq!(CliError::from(unreachable(ConnectionFailure::TimedOut)).exit(), Exit::TIMED_OUT);
+        assert_eq!(CliError::from(unreachable(ConnectionFailure::Refused)).exit(), Exit::FAILURE);
         assert_eq!(CliError::from(ClientError::BadUrl { url: "x".into(), reason: "no" }).exit(), Exit::USAGE);
     }
 

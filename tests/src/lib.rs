@@ -22,5 +22,6 @@ pub mod tools;
 pub mod wait;
 pub mod wireguard_go;
 
+pub use cluster::pki::Authority;
 pub use system::{System, Weaver};
 pub use wait::eventually;

@@ -1,8 +1,9 @@
 //! `loom login`: the device authorization grant (RFC 8628), or a token that the user already has.
 
 use std::{
-    env,
+    env, fs,
     io::{IsTerminal as _, Read as _},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -24,6 +25,8 @@ use crate::{
 
 /// No token is longer, in bytes.
 const MAX_TOKEN: u64 = 16 << 10;
+/// No file of authorities is longer, in bytes: a system's whole bundle is a quarter of a megabyte.
+const MAX_AUTHORITIES: u64 = 512 << 10;
 /// What is added to the interval when the server asks for patience (RFC 8628 §3.5).
 const SLOW_DOWN: Duration = Duration::from_secs(5);
 
@@ -37,12 +40,19 @@ Examples:
   loom login --server-url https://loom.example
   loom login                                   again, at the same server
   loom login --token - < token-file            with a token: for CI and scripts
+  loom login --ca authority.pem                at a server whose certificate is of an authority of your own
 
 Programs can do without a login: set LOOM_SERVER_URL and LOOM_TOKEN.")]
 pub(crate) struct Args {
     /// Log in with a token instead of a browser; `-` reads it from standard input
     #[arg(long, value_name = "TOKEN|-")]
     token: Option<String>,
+    /// Trust the authorities in this PEM file for this server, from now on
+    ///
+    /// The certificates are copied and kept with the login, for every later command; the file is not needed again.
+    /// Another `--ca` replaces them.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Open no browser
     #[arg(long)]
     no_browser: bool,
@@ -50,7 +60,11 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let url = context.server_url()?;
-    let anonymous = context.anonymous_client()?;
+    let authorities = match &args.ca {
+        Some(file) => read_authorities(file)?,
+        None => context.authorities()?,
+    };
+    let anonymous = Client::trusting(&url, None, &authorities)?;
     let token = match &args.token {
         Some(given) => exchange(&anonymous, given).await?,
         None => tokio::select! {
@@ -65,6 +79,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         anonymous.with_token(token.clone()).get("/api/me").await.doing(format_args!("cannot log in to {url}"))?;
     let mut credentials = context.credentials()?;
     credentials.remember(&url, token);
+    credentials.trust(&url, &authorities);
     credentials.write(context.directory()?)?;
     output::note(&format!("Logged in to {url} as {}.", me.user.name));
     if context.token_is_from_environment() {
@@ -91,10 +106,46 @@ async fn exchange(client: &Client, given: &str) -> Result<Secret> {
         Ok(new) => Ok(new.token),
         // It may do other things, but not make tokens: then it is used itself.
         Err(error) if error.code() == Some(ErrorCode::Forbidden) => Ok(given),
-        Err(error) => Err(CliError::from(error)
-            .doing(format_args!("cannot log in to {}", client.base()))
-            .hint("check the token; log in through the browser with: loom login")),
+        Err(error) => {
+            let refused = error.code() == Some(ErrorCode::Unauthorized);
+            let error = CliError::from(error).doing(format_args!("cannot log in to {}", client.base()));
+            let hint = "check the token; log in through the browser with: loom login";
+            Err(if refused { error.hint(hint) } else { error })
+        }
     }
+}
+
+/// The certificates in a PEM file, and nothing else that it may hold: a key does not belong in what is kept.
+fn read_authorities(file: &Path) -> Result<String> {
+    let cannot = |why: String| CliError::usage(format!("cannot use --ca {}: {why}", file.display()));
+    let mut text = String::new();
+    fs::File::open(file)
+        .and_then(|opened| opened.take(MAX_AUTHORITIES + 1).read_to_string(&mut text))
+        .map_err(|error| cannot(error.to_string()))?;
+    if text.len() as u64 > MAX_AUTHORITIES {
+        return Err(cannot(format!("it is longer than {} KiB", MAX_AUTHORITIES >> 10)));
+    }
+    let certificates = certificates(&text);
+    if certificates.is_empty() {
+        return Err(cannot("there is no certificate in it".to_owned())
+            .hint("it must hold the authority's certificate in PEM: -----BEGIN CERTIFICATE-----"));
+    }
+    Ok(certificates)
+}
+
+/// The certificates in a text in PEM (RFC 7468 §2).
+fn certificates(text: &str) -> String {
+    let mut inside = false;
+    let mut kept = String::new();
+    for line in text.lines().map(str::trim) {
+        inside |= line == "-----BEGIN CERTIFICATE-----";
+        if inside {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+        inside &= line != "-----END CERTIFICATE-----";
+    }
+    kept
 }
 
 fn read_token() -> Result<Secret> {
@@ -210,6 +261,14 @@ mod tests {
              and check that it shows the code\n\n  BCDF-GHJK\n"
         );
         assert!(instructions(&login, true).contains("browser"));
+    }
+
+    #[test]
+    fn only_certificates_are_kept_of_a_file_of_authorities() {
+        let certificate = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
+        let key = "-----BEGIN PRIVATE KEY-----\nMIIC\n-----END PRIVATE KEY-----\n";
+        assert_eq!(certificates(&format!("a note\r\n{certificate}{key}{certificate}")), certificate.repeat(2));
+        assert_eq!(certificates(key), "");
     }
 
     #[test]

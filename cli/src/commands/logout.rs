@@ -1,6 +1,6 @@
 //! `loom logout`: the token is revoked at the server and forgotten here.
 
-use loom_api::{ErrorCode, client::Client};
+use loom_api::ErrorCode;
 
 use crate::{
     context::Context,
@@ -22,8 +22,8 @@ pub(crate) async fn run(context: &Context, _: &Args) -> Result<Exit> {
         output::note(&format!("Not logged in to {url}."));
         return Ok(Exit::OK);
     };
-    let revoked = match Client::new(&url, Some(token)) {
-        Ok(client) => client.delete("/api/login").await,
+    let revoked = match context.anonymous_client() {
+        Ok(client) => client.with_token(token).delete("/api/login").await.map_err(CliError::from),
         Err(error) => Err(error),
     };
     // Forgotten whatever the server says: who logs out wants no token to stay here.
@@ -31,9 +31,9 @@ pub(crate) async fn run(context: &Context, _: &Args) -> Result<Exit> {
     credentials.write(context.directory()?)?;
     match revoked {
         Ok(()) => {}
-        Err(error) if error.code() == Some(ErrorCode::Unauthorized) => {} // it was revoked or had ended already
+        Err(error) if error.exit() == Exit::of(ErrorCode::Unauthorized) => {} // it was revoked or had ended already
         Err(error) => {
-            return Err(CliError::from(error)
+            return Err(error
                 .doing("the token is forgotten here, but cannot be revoked")
                 .hint("it stays valid at the server until it is deleted there"));
         }

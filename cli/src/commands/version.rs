@@ -1,10 +1,6 @@
 //! `loom version`: this program's and the server's, and whether they fit.
 
-use loom_api::{
-    PROTOCOL_VERSION,
-    client::{Client, ClientError},
-    weaver::VersionInfo,
-};
+use loom_api::{PROTOCOL_VERSION, weaver::VersionInfo};
 use serde_json::{Value, json};
 
 use crate::{
@@ -27,7 +23,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     // Our own version is to be had without a server.
     let server = match context.server_url() {
-        Ok(url) => Some((url.clone(), ask(&url).await)),
+        Ok(url) => Some((url.clone(), ask(context).await)),
         Err(_) => None,
     };
     let known = server.as_ref().and_then(|(_, answer)| answer.as_ref().ok());
@@ -60,8 +56,8 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     Ok(Exit::OK)
 }
 
-async fn ask(url: &str) -> Result<Value, ClientError> {
-    Client::new(url, None)?.get("/api/version").await
+async fn ask(context: &Context) -> Result<Value> {
+    Ok(context.anonymous_client()?.get("/api/version").await?)
 }
 
 /// What to say when the versions differ.

@@ -71,14 +71,16 @@ pub(crate) async fn tunnels_if_running(context: &Context, operation: Operation) 
 }
 
 async fn request(context: &Context, operation: Operation) -> Result<(UnixStream, Reply)> {
-    let (server_url, token) = match operation {
-        Operation::Connect { .. } | Operation::Up { .. } => (context.server_url()?, context.token()?),
+    let (server_url, token, authorities) = match operation {
+        Operation::Connect { .. } | Operation::Up { .. } => {
+            (context.server_url()?, context.token()?, context.authorities()?)
+        }
         // The daemon alone is concerned: tunnels can be taken down after a logout too.
         Operation::Down { .. } | Operation::Status { .. } | Operation::Stop => {
-            (String::new(), Secret::from(String::new()))
+            (String::new(), Secret::from(String::new()), String::new())
         }
     };
-    let request = Request { server_url, token, operation };
+    let request = Request { server_url, token, authorities, operation };
     let mut stream = daemon(&request).await?;
     protocol::write(&mut stream, &request).await?;
     match protocol::read(&mut stream).await {

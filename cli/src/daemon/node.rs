@@ -65,7 +65,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 pub(crate) struct Node {
     private_key: StaticSecret,
     public_key: PublicKey,
-    client: Mutex<Client>,
+    server_url: String,
+    client: Mutex<ServerClient>,
     tunnel: OnceCell<Tunnel>,
     /// The node's address inside the tunnel, once it is known.
     address: OnceLock<Ipv6Addr>,
@@ -83,16 +84,30 @@ pub(crate) struct Node {
     tasks: Mutex<JoinSet<()>>,
 }
 
+/// The client of the node's server, and the authorities that it trusts beside the system's.
+struct ServerClient {
+    client: Client,
+    authorities: String,
+}
+
+impl ServerClient {
+    fn new(server_url: &str, token: &Secret, authorities: &str) -> Result<Self> {
+        let client = Client::trusting(server_url, Some(token.clone()), authorities)?;
+        Ok(Self { client, authorities: authorities.to_owned() })
+    }
+}
+
 impl Node {
     /// A node that has not started yet.
-    pub(crate) fn new(server_url: &str, token: &Secret) -> Result<Self> {
+    pub(crate) fn new(server_url: &str, token: &Secret, authorities: &str) -> Result<Self> {
         let mut seed = [0; 32];
         SystemRandom::new().fill(&mut seed).map_err(|_| CliError::failure("the system gives no random bytes"))?;
         let private_key = StaticSecret::from(seed);
         Ok(Self {
             public_key: PublicKey::from(&private_key),
             private_key,
-            client: Mutex::new(Client::new(server_url, Some(token.clone()))?),
+            server_url: server_url.to_owned(),
+            client: Mutex::new(ServerClient::new(server_url, token, authorities)?),
             tunnel: OnceCell::new(),
             address: OnceLock::new(),
             weavers: Mutex::default(),
@@ -112,13 +127,18 @@ impl Node {
 
     /// A client with the newest token.
     pub(super) fn client(&self) -> Client {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.client.lock().unwrap_or_else(PoisonError::into_inner).client.clone()
     }
 
-    /// Goes on with the newest token: an older one may have been revoked.
-    pub(crate) fn renew_token(&self, token: &Secret) -> Result<()> {
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        *client = client.with_token(token.clone());
+    /// Goes on with the newest token, because an older one may have been revoked, and with the authorities that the
+    /// user trusts now.
+    pub(crate) fn renew_client(&self, token: &Secret, authorities: &str) -> Result<()> {
+        let mut current = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.authorities == authorities {
+            current.client = current.client.with_token(token.clone());
+        } else {
+            *current = ServerClient::new(&self.server_url, token, authorities)?;
+        }
         Ok(())
     }
 

@@ -30,6 +30,9 @@ pub(crate) struct Request {
     pub(crate) server_url: String,
     /// The user's token there.
     pub(crate) token: Secret,
+    /// The authorities that the user trusts for that server, in PEM.
+    #[serde(default)]
+    pub(crate) authorities: String,
     /// What it wants.
     pub(crate) operation: Operation,
 }

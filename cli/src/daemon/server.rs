@@ -261,10 +261,10 @@ impl Daemon {
     fn node(&self, request: &Request) -> Result<Arc<Node>> {
         let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(node) = nodes.get(&request.server_url) {
-            node.renew_token(&request.token)?;
+            node.renew_client(&request.token, &request.authorities)?;
             return Ok(Arc::clone(node));
         }
-        let node = Arc::new(Node::new(&request.server_url, &request.token)?);
+        let node = Arc::new(Node::new(&request.server_url, &request.token, &request.authorities)?);
         nodes.insert(request.server_url.clone(), Arc::clone(&node));
         Ok(node)
     }

@@ -62,6 +62,69 @@ pub(crate) fn for_server(directory: &Path, names: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// An authority with certificates for Loom servers, in a directory of its own.
+#[derive(Debug)]
+pub struct Authority {
+    directory: tempfile::TempDir,
+}
+
+impl Authority {
+    /// A new one.
+    ///
+    /// # Errors
+    ///
+    /// When `openssl` cannot make it.
+    pub fn new() -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("loom-pki-").tempdir()?;
+        authority(directory.path())?;
+        Ok(Self { directory })
+    }
+
+    /// Its certificate's file.
+    #[must_use]
+    pub fn certificate(&self) -> PathBuf {
+        self.directory.path().join("ca.crt")
+    }
+
+    /// The files of a certificate for `names`, as `subjectAltName` has them, and of its key.
+    ///
+    /// # Errors
+    ///
+    /// When `openssl` cannot make it.
+    pub fn server(&self, name: &str, names: &str) -> Result<[PathBuf; 2]> {
+        leaf(self.directory.path(), name, "/CN=loom-server", names)?;
+        Ok(["crt", "key"].map(|extension| self.directory.path().join(format!("{name}.{extension}"))))
+    }
+
+    /// The same, but the certificate expired at the end of 2020.
+    ///
+    /// # Errors
+    ///
+    /// When `openssl` cannot make it.
+    pub fn expired_server(&self, name: &str, names: &str) -> Result<[PathBuf; 2]> {
+        let files = self.server(name, names)?;
+        let directory = self.directory.path();
+        let part = |name: &str, extension: &str| file(directory, name, extension);
+        let (index, config) = (part("index", "txt"), part("ca", "conf"));
+        fs::write(&index, "")?;
+        let shown = directory.display();
+        fs::write(
+            &config,
+            format!(
+                "[ca]\ndefault_ca=loom\n[loom]\ndatabase={index}\nnew_certs_dir={shown}\nrand_serial=yes\n\
+                 default_md=sha256\npolicy=names\n[names]\ncommonName=supplied\n"
+            ),
+        )?;
+        let (authority, secret) = (part("ca", "crt"), part("ca", "key"));
+        let (request, extensions, certificate) = (part(name, "csr"), part(name, "ext"), part(name, "crt"));
+        let mut sign = vec!["ca", "-batch", "-notext", "-config", &config, "-cert", &authority, "-keyfile", &secret];
+        sign.extend(["-startdate", "20200101000000Z", "-enddate", "20201231235959Z"]);
+        sign.extend(["-in", &request, "-extfile", &extensions, "-out", &certificate]);
+        run("openssl", &sign)?;
+        Ok(files)
+    }
+}
+
 fn key(path: &str) -> Result<()> {
     run("openssl", &["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", path])
 }

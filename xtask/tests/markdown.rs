@@ -1,4 +1,5 @@
-//! The repository's Markdown is wrapped, so that a change shows as the lines that it changes.
+//! The repository's Markdown is wrapped, so that a change shows as the lines that it changes, and the threat model names
+//! tests that exist.
 
 use std::{
     fs,
@@ -9,10 +10,9 @@ const COLUMNS: usize = 120;
 
 #[test]
 fn markdown_prose_is_wrapped() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask stands in the workspace");
     let mut files = Vec::new();
-    markdown(root, &mut files);
-    assert!(!files.is_empty(), "no Markdown under {}", root.display());
+    markdown(root(), &mut files);
+    assert!(!files.is_empty(), "no Markdown under {}", root().display());
 
     let long: Vec<String> = files
         .iter()
@@ -22,6 +22,29 @@ fn markdown_prose_is_wrapped() {
         })
         .collect();
     assert!(long.is_empty(), "longer than {COLUMNS} columns:\n{}", long.join("\n"));
+}
+
+#[test]
+fn every_test_that_the_threat_model_names_exists() {
+    let text = fs::read_to_string(root().join("docs/security.md")).expect("the threat model");
+    let (mut source, mut named) = (String::new(), 0);
+    for line in text.lines().filter(|line| line.starts_with('|')) {
+        let Some(cell) = line.split('|').rev().nth(1) else { continue };
+        // Every second piece stands between backticks: a file, and then the names of its tests.
+        for word in cell.split('`').skip(1).step_by(2) {
+            if word.ends_with(".rs") {
+                source = fs::read_to_string(root().join(word)).unwrap_or_else(|error| panic!("{word}: {error}"));
+            } else {
+                assert!(source.contains(&format!("fn {word}(")), "there is no test {word}: {line}");
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 0, "no test is named");
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask stands in the workspace")
 }
 
 /// The numbers of the lines that are too long. Tables and code blocks cannot be wrapped.

@@ -14,13 +14,12 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, Command, ValueEnum};
 use jiff::SignedDuration;
-use loom_api::weaver::ResourceSpec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use toml::Table;
 
 use crate::{
     provision::{kubernetes, local},
-    sessions, tls,
+    resources, sessions, tls,
 };
 
 /// Everything that was given on the command line and in the environment.
@@ -32,6 +31,8 @@ pub struct Settings {
     config: Option<PathBuf>,
     #[command(flatten)]
     server: ServerSettings,
+    #[command(flatten)]
+    resources: resources::Settings,
     #[command(flatten)]
     tls: tls::Settings,
     #[command(flatten, next_help_heading = "Local backend")]
@@ -63,12 +64,6 @@ struct ServerSettings {
     /// The image when a request names none. [default: this-machine on the local backend]
     #[arg(long, env = "LOOM_SERVER_DEFAULT_IMAGE", value_name = "IMAGE", global = true)]
     default_image: Option<String>,
-    /// Limit of CPU, in thousandths of a core, when a request names none. [default: 2000]
-    #[arg(long, env = "LOOM_SERVER_CPU_MILLICORES", value_name = "N", global = true)]
-    cpu_millicores: Option<u32>,
-    /// Limit of memory, in MiB, when a request names none. [default: 2048]
-    #[arg(long, env = "LOOM_SERVER_MEMORY_MB", value_name = "N", global = true)]
-    memory_mb: Option<u32>,
     /// The most weavers of one organisation at a time. [default: 100]
     #[arg(long, env = "LOOM_SERVER_MAX_WEAVERS", value_name = "N", global = true)]
     max_weavers: Option<u32>,
@@ -125,8 +120,8 @@ pub struct Config {
     pub backend: Backend,
     /// The image when a request names none.
     pub default_image: String,
-    /// What a weaver may use when a request does not say.
-    pub resources: ResourceSpec,
+    /// What a weaver may use.
+    pub resources: resources::Config,
     /// The most weavers of one organisation at a time.
     pub max_weavers: u32,
     /// The most connections of one kind.
@@ -157,6 +152,7 @@ impl Settings {
     pub fn resolve(self) -> Result<Config> {
         let file = File::read(self.config.as_deref())?;
         let server = file.under(&self.server)?;
+        let resources = file.under(&self.resources)?.resolve()?;
         let tls = file.under(&self.tls)?.resolve()?;
         // Both are read whichever is used: a mistake in the file should not wait for the other backend.
         let (local, kubernetes) = (file.under(&self.local)?, file.under(&self.kubernetes)?);
@@ -187,11 +183,6 @@ impl Settings {
         ensure!((1..=86_400).contains(&seconds), "the cleanup interval must be 1 to 86400 seconds, not {seconds}");
         let login_days = server.login_token_days.unwrap_or(90);
         ensure!((1..=3650).contains(&login_days), "a login must live 1 to 3650 days, not {login_days}");
-        let resources = ResourceSpec {
-            cpu_millicores: server.cpu_millicores.unwrap_or(2000),
-            memory_mb: server.memory_mb.unwrap_or(2048),
-        };
-        ensure!(resources.cpu_millicores > 0 && resources.memory_mb > 0, "CPU and memory must be above zero");
         Ok(Config {
             listen,
             data_dir,
@@ -285,7 +276,7 @@ mod tests {
     #[test]
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let config = resolve(&["--max-weavers", "4"], "listen = \"127.0.0.1:9\"\nmax-weavers = 3").unwrap();
-        assert_eq!((config.listen.port(), config.max_weavers, config.resources.memory_mb), (9, 4, 2048));
+        assert_eq!((config.listen.port(), config.max_weavers, config.resources.default.memory_mb), (9, 4, 2048));
         assert_eq!(config.default_image, local::DEFAULT_IMAGE);
     }
 

@@ -27,6 +27,7 @@ mod problem;
 mod provision;
 mod reconcile;
 mod relay;
+mod resources;
 mod revocation;
 mod secrets;
 mod sessions;

@@ -111,6 +111,8 @@ fn bad_requests_are_refused_with_a_code_and_change_nothing() -> Result<()> {
         (r#"{"env":{"A=B":"c"}}"#, 400, "invalid_request"),
         (r#"{"env":{"A":"\u0000"}}"#, 400, "invalid_request"),
         (r#"{"resources":{"cpu_millicores":0,"memory_mb":1}}"#, 400, "invalid_request"),
+        (r#"{"resources":{"cpu_millicores":4294967295,"memory_mb":1}}"#, 400, "invalid_request"),
+        (r#"{"resources":{"cpu_millicores":1,"memory_mb":4294967295}}"#, 400, "invalid_request"),
     ] {
         let answer = system.request(Some(&token), "POST", "/api/weavers", Some(body))?;
         assert_eq!((answer.status, answer.code()), (status, code), "{body}: {answer:?}");
@@ -118,6 +120,25 @@ fn bad_requests_are_refused_with_a_code_and_change_nothing() -> Result<()> {
     let large = format!(r#"{{"name":"{}"}}"#, "x".repeat(100_000));
     assert_eq!(system.request(Some(&token), "POST", "/api/weavers", Some(&large))?.status, 400);
     assert_eq!(system.request(Some(&token), "GET", "/api/weavers?all=true", None)?.body, json!([]));
+    system.stop()
+}
+
+#[test]
+fn a_weaver_gets_no_more_cpu_and_memory_than_the_server_allows() -> Result<()> {
+    let system =
+        System::start_with(&[("LOOM_SERVER_MAX_CPU_MILLICORES", "3000"), ("LOOM_SERVER_MAX_MEMORY_MB", "4096")])?;
+    let token = system.admin_token()?;
+    let make = |cpu: u32, memory: u32| {
+        let body = json!({"resources": {"cpu_millicores": cpu, "memory_mb": memory}}).to_string();
+        system.request(Some(&token), "POST", "/api/weavers", Some(&body))
+    };
+    for (cpu, memory, limit) in [(3001, 4096, "3000"), (3000, 4097, "4096")] {
+        let answer = make(cpu, memory)?;
+        assert_eq!((answer.status, answer.code()), (400, "invalid_request"));
+        let error = answer.body.to_string();
+        assert!(error.contains(limit) && error.contains("at most"), "{error}");
+    }
+    assert_eq!(make(3000, 4096)?.status, 201);
     system.stop()
 }
 

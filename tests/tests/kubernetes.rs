@@ -139,6 +139,7 @@ fn a_token_is_good_for_its_own_pod_only_and_not_after_it() -> Result<()> {
 fn what_no_node_can_hold_says_what_is_missing() -> Result<()> {
     let system = System::start_on_kubernetes(&[
         ("LOOM_SERVER_KUBERNETES_REQUEST_CPU_MILLICORES", "900000"),
+        ("LOOM_SERVER_MAX_CPU_MILLICORES", "900000"),
         ("LOOM_SERVER_KUBERNETES_REQUEST_MEMORY_MB", "64"),
     ])?;
     let start = Instant::now();

@@ -112,10 +112,11 @@ fn plan(app: &AppState, caller: &UserCaller, request: CreateWeaver) -> Answer<Ne
     repository::check(request.repo.as_deref(), request.branch.as_deref(), |path| app.provisioner.accepts_file(path))?;
     check_command(request.command.as_deref())?;
     let env = check_env(&request.env)?;
-    let resources = request.resources.unwrap_or(app.config.resources);
-    if resources.cpu_millicores == 0 || resources.memory_mb == 0 {
-        return Err(invalid("resources must be above zero"));
-    }
+    let resources = app.config.resources.choose(request.resources).map_err(|error| {
+        let max = app.config.resources.max;
+        invalid(error.to_string())
+            .hint(format!("ask for at most {} thousandths of a core and {} MiB", max.cpu_millicores, max.memory_mb))
+    })?;
     let id = WeaverId::generate();
     let created_at = Timestamp::now();
     Ok(NewWeaver {

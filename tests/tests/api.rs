@@ -1,7 +1,9 @@
 //! The HTTP API from outside: who may do what, what bad input gets, and both attach protocols.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, api::read_until, eventually, system::PATIENCE};
+use loom_tests::{System, api::read_until, eventually, system::PATIENCE, terminal::Terminal};
 use serde_json::{Value, json};
 use tungstenite::Message;
 
@@ -182,6 +184,30 @@ fn the_plain_attach_protocol_is_text_both_ways_with_resizes() -> Result<()> {
     })?;
     socket.send(Message::text(r#"echo {"type":"other"}"#.to_owned() + "\r"))?;
     read_until(&mut socket, "{type:other}")?;
+    system.stop()
+}
+
+#[test]
+fn a_client_that_vanishes_counts_no_longer_after_40_seconds() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&[])?;
+    let mut terminal = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
+    terminal.resize(40, 120)?;
+    let mut shows = |size: &str, patience: Duration| {
+        eventually("the size to change", patience, || {
+            terminal.send("clear; echo size-$(stty size)\r")?;
+            std::thread::sleep(Duration::from_millis(200));
+            Ok(terminal.screen().contains(size).then_some(()))
+        })
+    };
+    shows("size-40 120", PATIENCE)?;
+    // It reads nothing from here on, so it answers no ping, and its connection stays open.
+    let vanished = system.attach_socket(&weaver, Some("loom.attach.v2"))?;
+    shows("size-24 80", PATIENCE)?;
+    let silent = Instant::now();
+    shows("size-40 120", Duration::from_secs(50))?;
+    println!("noticed after {:.1} s", silent.elapsed().as_secs_f32());
+    drop(vanished);
     system.stop()
 }
 

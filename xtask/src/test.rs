@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     if options.no_cluster {
         test(&["test", "--workspace", "--exclude", "loom-tests"], filter, &[])?;
-        test(&end_to_end(&[&BOTH[..], &["api"]].concat()), filter, &[])?;
+        test(&end_to_end(&[&BOTH[..], &["api", "isolation"]].concat()), filter, &[])?;
     } else {
         let named = std::env::var_os(KUBECONFIG).filter(|path| !path.is_empty()).map(PathBuf::from);
         let own = if named.is_none() { Some(cluster::Own::start(&binaries)?) } else { None };

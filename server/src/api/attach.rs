@@ -1,25 +1,31 @@
 //! People's terminals: a WebSocket from a client is bridged to one that the weaver's agent dials back.
 //!
 //! With the subprotocol `loom.attach.v2` frames pass unchanged. Without one, the plain protocol of text frames is
-//! translated here ([`Plain`]). Each direction waits for its receiver before it reads on, so nothing piles up.
+//! translated here ([`Plain`]). Each direction waits for its receiver before it reads on, so nothing piles up. A client
+//! that vanishes without a word is noticed because it answers no ping; then its size no longer counts for the others.
+
+use std::{
+    future::poll_fn,
+    sync::{Mutex, PoisonError},
+    task::Poll,
+    time::Duration,
+};
 
 use axum::{
     extract::{
         Path, Query, State, WebSocketUpgrade,
-        ws::{CloseFrame, Message, WebSocket},
+        ws::{CloseFrame, Message},
     },
     response::Response,
 };
 use bytes::Bytes;
-use futures_util::{
-    SinkExt as _, StreamExt as _,
-    stream::{SplitSink, SplitStream},
-};
+use futures_util::{FutureExt as _, Sink, SinkExt as _, Stream, StreamExt as _};
 use loom_api::{
     ErrorCode,
     agent::StreamKind,
     attach::{AttachQuery, ClientControl, MAX_FRAME, SUBPROTOCOL, ServerControl},
 };
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use super::{
     auth::UserCaller,
@@ -58,7 +64,7 @@ pub async fn attach(
     let stopping = app.stopping.clone();
     Ok(upgrade.on_upgrade(async move |client| {
         let _attached = app.metrics.attached();
-        let bridge = Bridge { translate: plain.then(Plain::default) };
+        let bridge = Bridge { translate: plain.then(Plain::default), patience: PATIENCE };
         tokio::select! {
             () = bridge.run(client, agent) => {}
             () = session.ended() => {}
@@ -67,18 +73,52 @@ pub async fn attach(
     }))
 }
 
+/// How a client that has vanished is told from a quiet one.
+#[derive(Clone, Copy)]
+struct Patience {
+    /// Between two pings.
+    ping: Duration,
+    /// A client that was not heard of for so long is gone.
+    silence: Duration,
+}
+
+const PATIENCE: Patience = Patience { ping: Duration::from_secs(15), silence: Duration::from_secs(40) };
+
+/// When a client was heard of last.
+struct LastHeard(Mutex<Instant>);
+
+impl LastHeard {
+    fn now() -> Self {
+        Self(Mutex::new(Instant::now()))
+    }
+
+    fn get(&self) -> Instant {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+}
+
 struct Bridge {
     translate: Option<Plain>,
+    patience: Patience,
 }
 
 impl Bridge {
-    async fn run(self, client: WebSocket, agent: WebSocket) {
+    async fn run<C, A>(self, client: C, agent: A)
+    where
+        C: Stream<Item = Result<Message, axum::Error>> + Sink<Message>,
+        A: Stream<Item = Result<Message, axum::Error>> + Sink<Message>,
+    {
         let plain = self.translate.is_some();
         let (mut to_client, from_client) = client.split();
         let (mut to_agent, from_agent) = agent.split();
+        let heard = LastHeard::now();
         let close = tokio::select! {
-            () = upstream(from_client, &mut to_agent, plain) => None,
-            code = downstream(from_agent, &mut to_client, self.translate) => Some(code),
+            () = upstream(from_client, &mut to_agent, plain, &heard, self.patience.silence) => None,
+            code = downstream(from_agent, &mut to_client, self.translate, &heard, self.patience.ping) => Some(code),
         };
         // Closing frames are a courtesy; the other side may be gone.
         let _ = to_agent.close().await;
@@ -90,8 +130,25 @@ impl Bridge {
 }
 
 /// From the client to the agent, until the client has gone.
-async fn upstream(mut client: SplitStream<WebSocket>, agent: &mut SplitSink<WebSocket, Message>, plain: bool) {
-    while let Some(Ok(message)) = client.next().await {
+async fn upstream(
+    mut client: impl Stream<Item = Result<Message, axum::Error>> + Unpin,
+    agent: &mut (impl Sink<Message> + Unpin),
+    plain: bool,
+    heard: &LastHeard,
+    silence: Duration,
+) {
+    loop {
+        let message = tokio::select! {
+            message = client.next() => message,
+            () = sleep_until(heard.get() + silence) => {
+                if heard.get().elapsed() >= silence {
+                    return;
+                }
+                continue;
+            }
+        };
+        let Some(Ok(message)) = message else { return };
+        heard.update();
         let message = match message {
             Message::Text(text) if plain => match plain_resize(&text) {
                 Some(resize) => match serde_json::to_string(&resize) {
@@ -107,17 +164,33 @@ async fn upstream(mut client: SplitStream<WebSocket>, agent: &mut SplitSink<WebS
         if agent.send(message).await.is_err() {
             return;
         }
+        // While the agent takes no input, the client is not listened to, which is no silence of its own.
+        heard.update();
     }
 }
 
-/// From the agent to the client, until the agent has gone; the code to close with.
+/// From the agent to the client, until the agent has gone; the code to close with. Pings the client.
 async fn downstream(
-    mut agent: SplitStream<WebSocket>,
-    client: &mut SplitSink<WebSocket, Message>,
+    mut agent: impl Stream<Item = Result<Message, axum::Error>> + Unpin,
+    client: &mut (impl Sink<Message> + Unpin),
     mut plain: Option<Plain>,
+    heard: &LastHeard,
+    ping: Duration,
 ) -> u16 {
     let mut ended = false;
-    while let Some(Ok(message)) = agent.next().await {
+    let mut pings = interval_at(Instant::now() + ping, ping);
+    pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let message = tokio::select! {
+            message = agent.next() => message,
+            _ = pings.tick() => {
+                if send(client, Message::Ping(Bytes::new()), heard).await.is_err() {
+                    break;
+                }
+                continue;
+            }
+        };
+        let Some(Ok(message)) = message else { break };
         if let Message::Text(text) = &message {
             let control = serde_json::from_str(text);
             ended |= matches!(control, Ok(ServerControl::Exit { .. } | ServerControl::Error { .. }));
@@ -128,11 +201,24 @@ async fn downstream(
             (_, Message::Close(_)) => break,
             _ => continue,
         };
-        if client.send(message).await.is_err() {
+        if send(client, message, heard).await.is_err() {
             break;
         }
     }
     if ended { NORMAL } else { SERVICE_RESTART }
+}
+
+/// Sends to the client. When that has to wait until the client takes some of what was sent before, it is a sign of life:
+/// on a slow connection, the answer to a ping can be far behind.
+async fn send<S: Sink<Message> + Unpin>(client: &mut S, message: Message, heard: &LastHeard) -> Result<(), S::Error> {
+    let mut sending = client.send(message);
+    let at_once = poll_fn(|cx| Poll::Ready(sending.poll_unpin(cx))).await;
+    if let Poll::Ready(sent) = at_once {
+        return sent;
+    }
+    sending.await?;
+    heard.update();
+    Ok(())
 }
 
 /// A client's text frame that is exactly a resize.
@@ -178,7 +264,82 @@ fn is_beginning(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::{pin::Pin, task::Context};
+
+    use tokio::{sync::mpsc, time::timeout};
+    use tokio_util::sync::{PollSendError, PollSender};
+
     use super::*;
+
+    /// Short, so that a test need not wait.
+    const SHORT: Patience = Patience { ping: Duration::from_millis(50), silence: Duration::from_millis(400) };
+
+    /// One end of a WebSocket.
+    struct Socket {
+        from_peer: mpsc::Receiver<Message>,
+        to_peer: PollSender<Message>,
+    }
+
+    /// One end for the bridge, and how the other end sends and receives.
+    fn socket() -> (Socket, mpsc::Sender<Message>, mpsc::Receiver<Message>) {
+        let ((send, from_peer), (to_peer, receive)) = (mpsc::channel(1), mpsc::channel(1));
+        (Socket { from_peer, to_peer: PollSender::new(to_peer) }, send, receive)
+    }
+
+    impl Stream for Socket {
+        type Item = Result<Message, axum::Error>;
+
+        fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+            self.from_peer.poll_recv(cx).map(|message| message.map(Ok))
+        }
+    }
+
+    impl Sink<Message> for Socket {
+        type Error = PollSendError<Message>;
+
+        fn poll_ready(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            self.to_peer.poll_ready_unpin(cx)
+        }
+
+        fn start_send(mut self: Pin<&mut Self>, message: Message) -> Result<(), Self::Error> {
+            self.to_peer.start_send_unpin(message)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            self.to_peer.poll_flush_unpin(cx)
+        }
+
+        fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+            self.to_peer.poll_close_unpin(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_answers_no_ping_is_given_up_also_while_it_takes_no_output() {
+        let (client, _silent, _reads_nothing) = socket();
+        let (agent, agent_says, mut agent_hears) = socket();
+        let output = async { while agent_says.send(Message::Binary("output".into())).await.is_ok() {} };
+        let bridge = Bridge { translate: None, patience: SHORT }.run(client, agent);
+        timeout(Duration::from_secs(20), futures_util::future::join(bridge, output)).await.expect("it ends");
+        assert_eq!(agent_hears.recv().await, None, "the agent's side is closed");
+    }
+
+    #[tokio::test]
+    async fn a_quiet_client_that_answers_pings_stays() {
+        let (client, client_says, mut client_hears) = socket();
+        let (agent, _agent_says, _agent_hears) = socket();
+        let answers = async {
+            for _ in 0..20 {
+                let ping = client_hears.recv().await.expect("a ping");
+                assert_eq!(ping, Message::Ping(Bytes::new()));
+                client_says.send(Message::Pong(Bytes::new())).await.expect("the bridge stays");
+            }
+        };
+        tokio::select! {
+            () = answers => {}
+            () = Bridge { translate: None, patience: SHORT }.run(client, agent) => panic!("it was given up"),
+        }
+    }
 
     #[test]
     fn a_character_cut_anywhere_arrives_whole() {

@@ -54,6 +54,8 @@ pub enum ErrorCode {
     KubernetesError,
     /// The weaver's agent did not answer in time.
     AgentUnreachable,
+    /// The server cannot do this now, but may later.
+    Unavailable,
     /// A fault of the server's own.
     Internal,
     /// A code this build does not know: a newer server's.
@@ -83,6 +85,7 @@ impl ErrorCode {
             Self::TooManyWeavers | Self::TooManyTokens | Self::TooManyConnections => 429,
             Self::Internal | Self::Unknown => 500,
             Self::KubernetesError => 502,
+            Self::Unavailable => 503,
             Self::AgentUnreachable => 504,
         }
     }

@@ -107,6 +107,7 @@ impl App {
         });
         let (deadlines, deadline_changed) = mpsc::channel(QUEUE);
         let mut tasks = JoinSet::new();
+        tasks.spawn(store.clone().watch_space());
         tasks.spawn(reconciler.clone().run(changed));
         tasks.spawn(Deadlines::new(reconciler.clone(), deadline_changed, config.cleanup_interval).run());
         let sessions = Sessions::new(config.session_limits);

@@ -81,6 +81,30 @@ impl System {
         Self::prepare(&built_binaries()?, settings, Namespace::wanted(std::env::var(BACKEND).ok().as_deref())?)
     }
 
+    /// Starts a server on the local backend that keeps everything in a directory that is there already, and logs its
+    /// administrator in.
+    ///
+    /// # Errors
+    ///
+    /// As [`System::start`].
+    pub fn start_in(data: &Path, settings: &[(&str, &str)]) -> Result<Self> {
+        let mut system = Self::without_server(&built_binaries()?, None)?;
+        std::os::unix::fs::symlink(data, system.path("data"))?;
+        system.settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        system.start_server()?;
+        system.login_with_token()?;
+        Ok(system)
+    }
+
+    /// The path of a binary of the product's.
+    ///
+    /// # Errors
+    ///
+    /// When the binaries are not built.
+    pub fn binary(name: &str) -> Result<PathBuf> {
+        Ok(built_binaries()?.join(name))
+    }
+
     /// Starts a server in front of the cluster, whatever the environment says, and logs its administrator in.
     ///
     /// # Errors

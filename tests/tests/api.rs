@@ -229,3 +229,59 @@ fn a_client_that_returns_gets_exactly_what_it_missed() -> Result<()> {
     read_until(&mut second, "still-43")?;
     system.stop()
 }
+
+#[test]
+fn the_limit_of_weavers_holds_for_requests_at_the_same_time() -> Result<()> {
+    let system = System::start_with(&[("LOOM_SERVER_MAX_WEAVERS", "3")])?;
+    let token = system.admin_token()?;
+    let answers: Vec<_> = std::thread::scope(|scope| {
+        let create = || system.request(Some(&token), "POST", "/api/weavers", Some(r#"{"command":["sleep","1000"]}"#));
+        let requests: Vec<_> = (0..24).map(|_| scope.spawn(create)).collect();
+        requests.into_iter().map(|request| request.join().expect("no request panics")).collect::<Result<_>>()
+    })?;
+    let count = |status: u16| answers.iter().filter(|answer| answer.status == status).count();
+    assert_eq!((count(201), count(429)), (3, 21), "{answers:?}");
+    system.stop()
+}
+
+#[test]
+fn lists_are_paged_newest_first_and_a_name_is_never_guessed() -> Result<()> {
+    let system = System::start()?;
+    let token = system.admin_token()?;
+    let get = |path: &str| system.request(Some(&token), "GET", path, None);
+    let create = |body: &str| system.request(Some(&token), "POST", "/api/weavers", Some(body));
+    for name in ["deadbeef", "0192", "w-1a"] {
+        let answer = create(&json!({"name": name}).to_string())?;
+        assert_eq!((answer.status, answer.code()), (400, "invalid_request"), "{name}: {answer:?}");
+    }
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        let answer = create(r#"{"command":["sleep","1000"]}"#)?;
+        ids.insert(0, answer.body["id"].as_str().unwrap_or_default().to_owned());
+    }
+    let ids_of = |answer: &loom_tests::api::Answer| -> Vec<String> {
+        let list = answer.body.as_array().cloned().unwrap_or_default();
+        list.iter().filter_map(|weaver| weaver["id"].as_str().map(ToOwned::to_owned)).collect()
+    };
+    assert_eq!(ids_of(&get("/api/weavers?limit=2")?), ids[..2]);
+    assert_eq!(ids_of(&get(&format!("/api/weavers?limit=2&before={}", ids[1]))?), ids[2..]);
+    assert_eq!(get("/api/weavers?limit=0")?.code(), "invalid_request");
+
+    // A weaver of the same name in another organisation that the user belongs to.
+    system.manage(&["org", "create", "team"])?;
+    system.manage(&["org", "add-member", "team", "admin"])?;
+    let team = get("/api/me")?.body["organisations"].as_array().and_then(|list| list.last().cloned());
+    let team = team.map(|org| org["id"].clone()).unwrap_or_default();
+    let own = create(r#"{"name":"twin","command":["sleep","1000"]}"#)?;
+    let other = create(&json!({"name": "twin", "org_id": team, "command": ["sleep", "1000"]}).to_string())?;
+    let found = get("/api/weavers/twin")?;
+    assert_eq!((found.status, found.code()), (409, "weaver_ambiguous"), "{found:?}");
+    for id in [&own.body["id"], &other.body["id"]] {
+        let id = id.as_str().unwrap_or("none");
+        assert!(found.body["error"]["message"].as_str().is_some_and(|text| text.contains(id)), "{found:?}");
+        assert_eq!(get(&format!("/api/weavers/{id}"))?.status, 200);
+    }
+    let other = other.body["id"].as_str().unwrap_or_default();
+    assert_eq!(system.request(Some(&token), "DELETE", &format!("/api/weavers/{other}"), None)?.status, 204);
+    system.stop()
+}

@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
-use loom_api::weaver::Weaver;
+use loom_api::{
+    client::Client,
+    weaver::{MAX_LIST, Weaver},
+};
 use serde_json::Value;
 
 use crate::{
@@ -38,19 +41,14 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let client = context.client()?;
-    let mut path = "/api/weavers".to_owned();
-    let mut separator = '?';
-    let mut push = |path: &mut String, parameter: &str| {
-        let _ = write!(path, "{separator}{parameter}");
-        separator = '&';
-    };
+    let mut query = format!("limit={MAX_LIST}");
     if args.all {
-        push(&mut path, "all=true");
+        query.push_str("&all=true");
     }
     if let Some(org) = &args.org {
-        push(&mut path, &format!("org={}", super::new::organisation(&client, org).await?));
+        let _ = write!(query, "&org={}", super::new::organisation(&client, org).await?);
     }
-    let listed: Value = client.get(&path).await.doing("cannot list weavers")?;
+    let listed = Value::Array(all_pages(&client, &query).await?);
     if args.json {
         output::json(&listed)?;
         return Ok(Exit::OK);
@@ -62,6 +60,21 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         output::note("No weavers. Make one with: loom new");
     }
     Ok(Exit::OK)
+}
+
+/// Every page of a list.
+async fn all_pages(client: &Client, query: &str) -> Result<Vec<Value>> {
+    let mut all: Vec<Value> = Vec::new();
+    loop {
+        let before = all.last().and_then(|last| last["id"].as_str()).map(|id| format!("&before={id}"));
+        let path = format!("/api/weavers?{query}{}", before.unwrap_or_default());
+        let page: Vec<Value> = client.get(&path).await.doing("cannot list weavers")?;
+        let is_last = page.len() < MAX_LIST as usize;
+        all.extend(page);
+        if is_last {
+            return Ok(all);
+        }
+    }
 }
 
 fn table(weavers: &[Weaver], wide: bool) -> String {

@@ -149,6 +149,9 @@ async fn ready(State(app): State<AppState>) -> (StatusCode, &'static str) {
     if app.stopping.is_cancelled() {
         return (StatusCode::SERVICE_UNAVAILABLE, "stopping");
     }
+    if app.store.is_low_on_space() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the disk is full");
+    }
     match app.store.ping().await {
         Ok(()) => (StatusCode::OK, "ok"),
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer"),

@@ -49,6 +49,7 @@ pub async fn create(
     headers: HeaderMap,
     Body(request): Body<CreateWeaver>,
 ) -> Answer<(StatusCode, Json<shown::Weaver>)> {
+    Problem::unless_there_is_space(&app.store)?;
     let key = idempotency_key(&headers)?;
     let body_hash = hash(&serde_json::to_string(&request).map_err(anyhow::Error::from)?);
     let idempotency = key.map(|key| Idempotency { key, body_hash: &body_hash });

@@ -20,6 +20,8 @@ const WARNINGS: [SignedDuration; 3] =
     [SignedDuration::from_mins(1), SignedDuration::from_mins(5), SignedDuration::from_mins(15)];
 /// How long an ended weaver's events and output are kept.
 const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
+/// Before an end that failed is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// No deadline is waited for more finely than this.
 const FINEST: Duration = Duration::from_millis(10);
 
@@ -96,19 +98,22 @@ impl Deadlines {
     async fn act(&mut self) -> Duration {
         let now = Timestamp::now();
         let due: Vec<_> = self.known.values().map(|timed| timed.deadline).filter(|it| it.expires_at <= now).collect();
+        let mut next = self.sweep_interval;
         for Deadline { weaver, .. } in due {
             match self.reconciler.expire(weaver).await {
                 Ok(()) => self.read(weaver).await,
                 Err(error) => {
-                    tracing::error!(%weaver, "it should have ended by now, and is ended by the next sweep: {error:#}");
-                    self.known.remove(&weaver);
+                    tracing::error!(%weaver, "it should have ended by now, and is tried again in {AGAIN:?}: {error:#}");
+                    next = next.min(AGAIN);
                 }
             }
         }
-        let mut next = self.sweep_interval;
         let mut warnings = Vec::new();
         for timed in self.known.values_mut() {
             let left = timed.deadline.expires_at.duration_since(now);
+            if !left.is_positive() {
+                continue; // its end failed
+            }
             if let Some(minutes) = timed.next_warning(left) {
                 let message = format!("it ends in {minutes} min, at {}", timed.deadline.expires_at);
                 warnings.push((timed.deadline.weaver, Event::new(EventKind::Expiring, message)));

@@ -8,6 +8,7 @@
 
 mod identity;
 mod rights;
+mod space;
 mod tokens;
 mod tunnels;
 mod weavers;
@@ -28,6 +29,7 @@ pub use tunnels::{GRANT_PAGE, KeyError, KeyOwner, LiveGrant};
 pub use weavers::{Added, Deadline, Idempotency, Limit, Limits, MAX_FITTING, Page, Transition};
 
 use crate::secrets::random;
+use space::Space;
 
 /// Connections that only read.
 const READERS: u32 = 4;
@@ -42,6 +44,7 @@ pub struct Store {
     reader: SqlitePool,
     writer: SqlitePool,
     network: Ipv6Network,
+    space: Space,
 }
 
 impl Store {
@@ -75,7 +78,7 @@ impl Store {
         let network = network(&writer).await?;
         let reader =
             SqlitePoolOptions::new().max_connections(READERS).connect_with(options.pragma("query_only", "ON")).await?;
-        Ok(Self { reader, writer, network })
+        Ok(Self { reader, writer, network, space: Space::beside(path) })
     }
 
     /// The deployment's prefix inside the tunnel: a random unique local /48 (RFC 4193 §3.2.2), the same for ever.
@@ -100,6 +103,16 @@ impl Store {
     /// There is only one such connection: using [`Self::writer`] before the transaction has ended waits for itself.
     async fn begin_write(&self) -> sqlx::Result<Transaction<'static, Sqlite>> {
         self.writer.begin_with("BEGIN IMMEDIATE").await
+    }
+
+    /// Whether the disk is too full for what only adds to the database.
+    pub fn is_low_on_space(&self) -> bool {
+        self.space.is_low()
+    }
+
+    /// Keeps an eye on the disk until it is dropped.
+    pub async fn watch_space(self) {
+        self.space.watch().await;
     }
 
     /// Whether the database answers.

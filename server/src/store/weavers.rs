@@ -230,7 +230,7 @@ impl Store {
 
     /// Keeps the end of what a weaver's main program wrote, at most [`MAX_TAIL`] bytes; the first to be kept stays.
     pub async fn keep_output(&self, id: WeaverId, output: &[u8]) -> sqlx::Result<()> {
-        if output.is_empty() {
+        if output.is_empty() || self.is_low_on_space() {
             return Ok(());
         }
         sqlx::query("INSERT INTO outputs (weaver_id, tail) VALUES (?, ?) ON CONFLICT DO NOTHING")
@@ -387,6 +387,9 @@ impl Store {
 
     /// Writes an event that no transition of the weaver's life wrote; whether there was room for one more.
     pub async fn add_event(&self, weaver: WeaverId, event: &Event) -> sqlx::Result<bool> {
+        if self.is_low_on_space() {
+            return Ok(false);
+        }
         let mut transaction = self.begin_write().await?;
         let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM events WHERE weaver_id = ?")
             .bind(weaver.to_string())

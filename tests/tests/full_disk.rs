@@ -1,0 +1,78 @@
+//! A disk that fills up while the server runs.
+
+use std::{fs, io::Write as _, os::unix::fs::PermissionsExt as _, process::Command};
+
+use anyhow::{Result, ensure};
+use loom_tests::{System, eventually, system::PATIENCE};
+
+/// A small file system in memory, until it is dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Result<Self> {
+        let disk = Self(tempfile::Builder::new().prefix("loom-disk-").tempdir_in("/tmp")?);
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=512m,mode=711", "tmpfs"])
+            .arg(disk.0.path())
+            .status()?;
+        ensure!(status.success(), "mounting a tmpfs: {status}");
+        Ok(disk)
+    }
+
+    /// Writes until nothing more fits.
+    fn fill(&self) -> Result<()> {
+        let mut file = fs::File::create(self.0.path().join("filler"))?;
+        let block = vec![1; 64 << 10];
+        while file.write_all(&block).is_ok() {}
+        Ok(())
+    }
+
+    fn empty(&self) -> Result<()> {
+        Ok(fs::remove_file(self.0.path().join("filler"))?)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn on_a_full_disk_weavers_still_end_and_nothing_is_lost_when_space_returns() -> Result<()> {
+    // Mounting needs root, as the cluster's tests do.
+    if !rustix::process::geteuid().is_root() {
+        println!("left out: only root can mount a small disk");
+        return Ok(());
+    }
+    let disk = SmallDisk::mount()?;
+    let data = disk.0.path().join("data");
+    fs::create_dir(&data)?;
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o711))?;
+    // On the same disk, so that weavers have links to it and no copies.
+    let agent = disk.0.path().join("loom-agent");
+    fs::copy(System::binary("loom-agent")?, &agent)?;
+    let system = System::start_in(&data, &[("LOOM_SERVER_AGENT", &agent.to_string_lossy())])?;
+    let token = system.admin_token()?;
+    let kept = system.new_weaver(&["--name", "kept"])?;
+    let deleted = system.new_weaver(&["--name", "deleted"])?;
+    let expiring = system.new_weaver(&["--name", "expiring", "--ttl", "12s"])?;
+    let ready = || Ok::<_, anyhow::Error>(system.request(None, "GET", "/readyz", None)?.status);
+    ensure!(ready()? == 200);
+
+    disk.fill()?;
+    eventually("the server to say that its disk is full", PATIENCE, || Ok((ready()? == 503).then_some(())))?;
+    let refused = system.request(Some(&token), "POST", "/api/weavers", Some("{}"))?;
+    assert_eq!((refused.status, refused.code()), (503, "unavailable"), "{refused:?}");
+    system.run(&["delete", "--yes", "deleted"])?;
+    eventually("the deleted one to be gone", PATIENCE, || Ok((!system.has_left_something(&deleted)?).then_some(())))?;
+    eventually("the deadline to be kept", PATIENCE, || Ok((!system.has_left_something(&expiring)?).then_some(())))?;
+    assert_eq!(system.run(&["exec", "kept", "--", "echo", "alive"])?, "alive\n");
+
+    disk.empty()?;
+    eventually("the server to be ready again", PATIENCE, || Ok((ready()? == 200).then_some(())))?;
+    assert_eq!(system.describe(&kept)?["status"], "Running");
+    assert!(system.run(&["events", "deleted"])?.contains("deleted it"));
+    system.new_weaver(&["--name", "new"])?;
+    system.stop()
+}

@@ -8,7 +8,7 @@
 use std::{fs, os::unix::fs::DirBuilderExt as _, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
-use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
+use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
     api,
     config::{Backend, Config},
     events::Events,
-    listener::{ClientAddress, PlainListener},
+    listener::Listener,
     metrics::{self, Metrics},
     provision::{Provisioner, kubernetes::Kubernetes, local::Local},
     reconcile::{Parts, Reconciler, deadlines::Deadlines},
@@ -29,18 +29,12 @@ use crate::{
     state::{AppState, Shared},
     store::Store,
     streams::Streams,
-    tls::TlsListener,
 };
 
 /// Weavers that wait to be looked at; who finds it full waits.
 const QUEUE: usize = 1024;
 /// How long requests may take to finish after the server was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
-
-enum Listener {
-    Plain(TcpListener),
-    Tls(TlsListener),
-}
 
 /// A server that is ready to serve.
 pub struct App {
@@ -65,10 +59,9 @@ impl App {
         let secrets = Arc::new(Secrets::load(&config.data_dir.join("secret.key"))?);
         let store = Store::open(&config.data_dir.join("loom.db")).await?;
         sign_in::make_first_user(&store, &config.data_dir).await?;
-        let listener = TcpListener::bind(config.listen)
-            .await
-            .with_context(|| format!("listening at {}; is another server running there?", config.listen))?;
-        let address = listener.local_addr()?;
+        let listener = Listener::bind(config.listen, config.tls.as_ref(), &config.listener)
+            .context("is another server running there?")?;
+        let address = listener.address();
         let url = match (&config.public_url, &config.tls) {
             (Some(url), _) => url.clone(),
             (None, Some(_)) => format!("https://{address}"),
@@ -76,10 +69,6 @@ impl App {
         };
         // A certificate is for the public name.
         let own_url = if config.tls.is_some() { url.clone() } else { format!("http://{address}") };
-        let listener = match &config.tls {
-            Some(tls) => Listener::Tls(TlsListener::new(listener, &tls.certificate, &tls.key)?),
-            None => Listener::Plain(listener),
-        };
 
         let metrics = Arc::new(Metrics::default());
         let (changes, changed) = mpsc::channel(QUEUE);
@@ -119,9 +108,7 @@ impl App {
         };
         tasks.spawn(revocation.run());
         let metrics_listener = match config.metrics_listen {
-            Some(address) => {
-                Some(TcpListener::bind(address).await.with_context(|| format!("listening for metrics at {address}"))?)
-            }
+            Some(address) => Some(Listener::bind(address, None, &config.listener).context("for metrics")?),
             None => None,
         };
         let listen_file = config.data_dir.join("listen");
@@ -143,12 +130,8 @@ impl App {
             stopping: CancellationToken::new(),
         });
         if let Some(listener) = metrics_listener {
-            let app = state.clone();
-            tasks.spawn(async move {
-                if let Err(error) = metrics::serve(app, listener).await {
-                    tracing::error!("{error:#}");
-                }
-            });
+            // Probes are answered until the end.
+            tasks.spawn(listener.serve(metrics::router(state.clone()), CancellationToken::new()));
         }
         let temporary = listen_file.with_extension("new");
         fs::write(&temporary, address.to_string())?;
@@ -161,45 +144,32 @@ impl App {
     ///
     /// # Errors
     ///
-    /// When the listener fails.
-    pub async fn serve(mut self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let stopping = self.state.stopping.clone();
-        let agents = self.state.clone();
-        let until = async move {
+    /// When one of the tasks beside requests ends.
+    pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let Self { state, listener, mut tasks } = self;
+        let serving = listener.serve(api::router(state.clone()), state.stopping.clone());
+        let stopped = async {
             stop.await;
             tracing::info!("stopping; weavers go on running");
-            agents.agents.go_away();
-            stopping.cancel();
-        };
-        let router = api::router(self.state.clone()).into_make_service_with_connect_info::<ClientAddress>();
-        let serving = match self.listener {
-            Listener::Plain(listener) => {
-                axum::serve(PlainListener(listener), router).with_graceful_shutdown(until).into_future()
-            }
-            Listener::Tls(listener) => axum::serve(listener, router).with_graceful_shutdown(until).into_future(),
-        };
-        let drained = {
-            let stopping = self.state.stopping.clone();
-            async move {
-                stopping.cancelled().await;
-                tokio::time::sleep(DRAIN).await;
-            }
+            state.agents.go_away();
+            state.stopping.cancel();
+            tokio::time::sleep(DRAIN).await;
         };
         let result = tokio::select! {
-            result = serving => result.map_err(Into::into),
-            () = drained => {
+            () = serving => Ok(()),
+            () = stopped => {
                 tracing::warn!("some connections did not end in time and are cut");
                 Ok(())
             }
             // None of them ends by itself. Without one the server does half its work, and nobody notices; whatever
             // started the process starts it again.
-            Some(ended) = self.tasks.join_next() => Err(match ended {
+            Some(ended) = tasks.join_next() => Err(match ended {
                 Ok(()) => anyhow::anyhow!("a task of the server ended"),
                 Err(error) => anyhow::Error::from(error).context("a task of the server panicked"),
             }),
         };
-        self.tasks.shutdown().await;
-        self.state.store.close().await;
+        tasks.shutdown().await;
+        state.store.close().await;
         result
     }
 }

@@ -18,8 +18,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use toml::Table;
 
 use crate::{
+    listener::{self, tls},
     provision::{kubernetes, local},
-    resources, sessions, tls,
+    resources, sessions,
 };
 
 /// Everything that was given on the command line and in the environment.
@@ -35,6 +36,8 @@ pub struct Settings {
     resources: resources::Settings,
     #[command(flatten)]
     tls: tls::Settings,
+    #[command(flatten)]
+    listener: listener::Settings,
     #[command(flatten, next_help_heading = "Local backend")]
     local: local::Settings,
     #[command(flatten, next_help_heading = "Kubernetes backend")]
@@ -112,6 +115,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// The certificate chain and its key, when the server serves HTTPS.
     pub tls: Option<tls::Config>,
+    /// Limits on connections, and who is believed about them.
+    pub listener: listener::Config,
     /// Where people reach the server, if that differs from where it listens.
     pub public_url: Option<String>,
     /// Where metrics are served, if anywhere.
@@ -154,6 +159,7 @@ impl Settings {
         let server = file.under(&self.server)?;
         let resources = file.under(&self.resources)?.resolve()?;
         let tls = file.under(&self.tls)?.resolve()?;
+        let listener = file.under(&self.listener)?.resolve()?;
         // Both are read whichever is used: a mistake in the file should not wait for the other backend.
         let (local, kubernetes) = (file.under(&self.local)?, file.under(&self.kubernetes)?);
 
@@ -187,6 +193,7 @@ impl Settings {
             listen,
             data_dir,
             tls,
+            listener,
             public_url,
             metrics_listen: server.metrics_listen,
             backend,

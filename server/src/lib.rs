@@ -6,7 +6,8 @@
 //! to the weavers' agents, [`streams`] the byte streams that agents dial back, and [`relay`] who is connected there.
 //! [`secrets`] derives every key from one file.
 //!
-//! [`api`] has every route; its handlers share [`state`], and nothing below them knows it. [`app`] puts all together.
+//! Requests come in by the [`listener`]. [`api`] has every route; its handlers share [`state`], and nothing below them
+//! knows it. [`app`] puts all together.
 
 // What may be used from outside is listed here; inside, `pub` means the whole crate.
 #![expect(unreachable_pub, reason = "modules are private, and this file says what of them is public")]
@@ -35,7 +36,6 @@ mod sign_in;
 mod state;
 mod store;
 mod streams;
-mod tls;
 mod weaver;
 
 pub use app::App;

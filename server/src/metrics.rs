@@ -6,7 +6,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use crate::{api, state::AppState};
+use anyhow::Result;
 use axum::{
     Router,
     extract::State,
@@ -26,9 +27,6 @@ use prometheus_client::{
     },
     registry::Registry,
 };
-use tokio::net::TcpListener;
-
-use crate::state::AppState;
 
 /// The media type of the format (OpenMetrics 1.0).
 const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -142,14 +140,13 @@ impl Drop for Attached {
     }
 }
 
-/// Serves `/metrics` on `listener`, until it is dropped.
-///
-/// # Errors
-///
-/// When the listener fails.
-pub async fn serve(app: AppState, listener: TcpListener) -> Result<()> {
-    let router = Router::new().route("/metrics", get(show)).with_state(app);
-    axum::serve(listener, router).await.context("serving metrics")
+/// Figures, and the probes: at an address that strangers do not reach they are answered whatever happens at the other.
+pub fn router(app: AppState) -> Router {
+    Router::new()
+        .route("/metrics", get(show))
+        .route("/livez", get(api::live))
+        .route("/readyz", get(api::ready))
+        .with_state(app)
 }
 
 async fn show(State(app): State<AppState>) -> Response {

@@ -35,6 +35,8 @@ pub struct System {
     server: Option<Child>,
     /// Where the server listens, once it does; it comes back there.
     listen: String,
+    /// The server serves HTTPS.
+    tls: bool,
     /// The address of a server that is not ours.
     elsewhere: Option<String>,
     settings: Vec<(String, String)>,
@@ -138,6 +140,26 @@ impl System {
         Ok(system)
     }
 
+    /// Starts a server that serves HTTPS at a port of 127.0.0.1, with a certificate that the user trusts, and logs its
+    /// administrator in. Agents of the local backend do not trust it.
+    ///
+    /// # Errors
+    ///
+    /// As [`System::start`].
+    pub fn start_with_tls(port: u16, settings: &[(&str, &str)]) -> Result<Self> {
+        let mut system = Self::without_server(&built_binaries()?, None)?;
+        let pki = pki::for_server(system.directory.path(), "IP:127.0.0.1")?;
+        system.listen = format!("127.0.0.1:{port}");
+        system.tls = true;
+        for (setting, file) in [("LOOM_SERVER_TLS_CERT", "server.crt"), ("LOOM_SERVER_TLS_KEY", "server.key")] {
+            system.set(setting, &pki.join(file).to_string_lossy());
+        }
+        system.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        system.start_server()?;
+        system.login_with_token()?;
+        Ok(system)
+    }
+
     fn prepare(binaries: &Path, settings: &[(&str, &str)], namespace: Option<Namespace>) -> Result<Self> {
         let mut system = Self::without_server(binaries, namespace)?;
         if let Some(namespace) = &system.namespace {
@@ -162,6 +184,7 @@ impl System {
             binaries: binaries.to_owned(),
             server: None,
             listen: "127.0.0.1:0".to_owned(),
+            tls: namespace.is_some(),
             elsewhere: None,
             settings: Vec::new(),
             admin_token: OnceLock::new(),
@@ -189,10 +212,8 @@ impl System {
         if let Some(url) = &self.elsewhere {
             return url.clone();
         }
-        match self.namespace {
-            None => format!("http://{}", self.listen),
-            Some(_) => format!("https://{}", self.listen.replace("0.0.0.0", "127.0.0.1")),
-        }
+        let scheme = if self.tls { "https" } else { "http" };
+        format!("{scheme}://{}", self.listen.replace("0.0.0.0", "127.0.0.1"))
     }
 
     /// The namespace of the weavers, when they are pods.
@@ -234,7 +255,7 @@ impl System {
             ("XDG_RUNTIME_DIR", directory("runtime")),
             ("LOOM_SERVER_URL", self.url()),
         ];
-        if self.namespace.is_some() || self.elsewhere.is_some() {
+        if self.tls || self.elsewhere.is_some() {
             // The test's own authority signed the server's certificate.
             environment.extend(["SSL_CERT_FILE", "CURL_CA_BUNDLE"].map(|name| (name, directory("pki/ca.crt"))));
         }

@@ -19,6 +19,7 @@ pub mod weavers;
 
 use axum::{
     Json, Router,
+    body::Bytes,
     extract::{DefaultBodyLimit, FromRequest, Request, State, rejection::JsonRejection},
     http::{Method, StatusCode, Uri},
     response::{IntoResponse as _, Response},
@@ -38,6 +39,10 @@ use crate::{
 
 /// The largest request body, in bytes.
 const MAX_BODY: usize = 1 << 20;
+/// The same where nobody has to log in: all that is read there are names and codes.
+const MAX_OPEN_BODY: usize = 4 << 10;
+/// The same for agents that register: a Kubernetes token is 1 to 2 KiB, more with long names and group claims.
+const MAX_REGISTER_BODY: usize = 16 << 10;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -58,7 +63,8 @@ impl Modify for Bearer {
 /// Every route of the server.
 pub fn router(app: AppState) -> Router {
     let (router, document) = routes_and_document();
-    let document = document.to_json().unwrap_or_default();
+    // Shared by all answers: everybody may ask for it, and take it as slowly as they like.
+    let document = Bytes::from(document.to_json().unwrap_or_default());
     router
         .route("/api/openapi.json", axum::routing::get(async || ([("content-type", "application/json")], document)))
         .fallback(nothing_here)
@@ -68,13 +74,17 @@ pub fn router(app: AppState) -> Router {
 }
 
 fn routes_and_document() -> (Router<AppState>, utoipa::openapi::OpenApi) {
+    // A layer is for the routes before it, and the one nearest to a route decides.
     OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(agents::register))
+        .layer(DefaultBodyLimit::max(MAX_REGISTER_BODY))
         .routes(routes!(version))
         .routes(routes!(live))
         .routes(routes!(ready))
         .routes(routes!(device::start))
         .routes(routes!(device::poll))
         .routes(routes!(device::page, device::decide))
+        .layer(DefaultBodyLimit::max(MAX_OPEN_BODY))
         .routes(routes!(login::log_out))
         .routes(routes!(login::me))
         .routes(routes!(login::list_tokens, login::create_token))
@@ -90,7 +100,6 @@ fn routes_and_document() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(tunnels::remove_device))
         .routes(routes!(tunnels::ssh_authority))
         .routes(routes!(relay::relay))
-        .routes(routes!(agents::register))
         .routes(routes!(agents::control))
         .routes(routes!(streams::dial_back))
         .split_for_parts()
@@ -109,7 +118,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
                 .map(Self)
                 .map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.to_string())),
             Err(JsonRejection::BytesRejection(error)) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => {
-                Err(Problem::new(ErrorCode::PayloadTooLarge, format!("the body is larger than {MAX_BODY} bytes")))
+                Err(Problem::new(ErrorCode::PayloadTooLarge, "the body is larger than this request may have"))
             }
             Err(error) => Err(Problem::new(ErrorCode::InvalidRequest, error.body_text())),
         }
@@ -139,13 +148,13 @@ async fn version(State(app): State<AppState>) -> Json<VersionInfo> {
 
 /// Whether the process lives.
 #[utoipa::path(get, path = "/livez", tag = "server", responses((status = 200, body = String)))]
-async fn live() -> &'static str {
+pub(crate) async fn live() -> &'static str {
     "ok"
 }
 
 /// Whether it can serve.
 #[utoipa::path(get, path = "/readyz", tag = "server", responses((status = 200, body = String), (status = 503, body = String)))]
-async fn ready(State(app): State<AppState>) -> (StatusCode, &'static str) {
+pub(crate) async fn ready(State(app): State<AppState>) -> (StatusCode, &'static str) {
     if app.stopping.is_cancelled() {
         return (StatusCode::SERVICE_UNAVAILABLE, "stopping");
     }

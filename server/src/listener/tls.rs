@@ -1,9 +1,7 @@
-//! HTTPS, served by the server itself: a listener whose connections have shaken hands, and a certificate that is read
-//! anew when its files change.
+//! HTTPS, served by the server itself, with a certificate that is read again when its files change.
 
 use std::{
-    fs, io,
-    net::SocketAddr,
+    fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -19,22 +17,9 @@ use rustls::{
     sign::CertifiedKey,
 };
 use serde::{Deserialize, Serialize};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::mpsc,
-    task::JoinSet,
-    time::timeout,
-};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-/// How long a client may take for its handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Handshakes at once; further connections wait.
-const MOST_HANDSHAKES: usize = 256;
 /// How often the certificate's files are looked at, at most.
 const LOOK: Duration = Duration::from_secs(10);
-/// After a failure to accept, such as too many open files.
-const PAUSE: Duration = Duration::from_millis(500);
 
 /// What was given.
 #[derive(Args, Debug, Clone, Default, Serialize, Deserialize)]
@@ -75,84 +60,20 @@ impl Settings {
     }
 }
 
-/// Connections over TLS, for [`axum::serve()`].
-pub struct TlsListener {
-    accepted: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
-    address: SocketAddr,
-    /// Ends the accepting when it is dropped.
-    _accepting: JoinSet<()>,
-}
-
-impl TlsListener {
-    /// Serves TLS on what `listener` accepts.
-    ///
-    /// # Errors
-    ///
-    /// When the certificate or its key cannot be used.
-    pub fn new(listener: TcpListener, certificate: &Path, key: &Path) -> Result<Self> {
-        let resolver = Arc::new(Files::open(certificate.to_owned(), key.to_owned())?);
-        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_cert_resolver(resolver);
-        // WebSockets are an upgrade of HTTP/1.1.
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        let address = listener.local_addr()?;
-        let (sender, accepted) = mpsc::channel(16);
-        let mut accepting = JoinSet::new();
-        accepting.spawn(accept(listener, TlsAcceptor::from(Arc::new(config)), sender));
-        Ok(Self { accepted, address, _accepting: accepting })
-    }
-}
-
-impl axum::serve::Listener for TlsListener {
-    type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        match self.accepted.recv().await {
-            Some(accepted) => accepted,
-            // The task ends with us only.
-            None => std::future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        Ok(self.address)
-    }
-}
-
-async fn accept(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    accepted: mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>,
-) {
-    let mut handshakes = JoinSet::new();
-    loop {
-        let connection = tokio::select! {
-            Some(_) = handshakes.join_next() => continue,
-            connection = listener.accept(), if handshakes.len() < MOST_HANDSHAKES => connection,
-        };
-        let (stream, address) = match connection {
-            Ok(connection) => connection,
-            Err(error) => {
-                tracing::warn!("a connection could not be accepted: {error}");
-                tokio::time::sleep(PAUSE).await;
-                continue;
-            }
-        };
-        let (acceptor, accepted) = (acceptor.clone(), accepted.clone());
-        handshakes.spawn(async move {
-            // Small frames must not wait for each other; a socket without this works too.
-            let _ = stream.set_nodelay(true);
-            match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                // The receiver is gone only when the server ends.
-                Ok(Ok(stream)) => drop(accepted.send((stream, address)).await),
-                Ok(Err(error)) => tracing::debug!(%address, "a TLS handshake failed: {error}"),
-                Err(_) => tracing::debug!(%address, "a TLS handshake took too long"),
-            }
-        });
-    }
+/// How TLS is spoken with the certificate of these files.
+///
+/// # Errors
+///
+/// When the certificate or its key cannot be used.
+pub(super) fn server_config(files: &Config) -> Result<ServerConfig> {
+    let resolver = Arc::new(Files::open(files.certificate.clone(), files.key.clone())?);
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(resolver);
+    // WebSockets are an upgrade of HTTP/1.1.
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
 }
 
 /// A certificate from two files, read anew when they have changed.

@@ -1,0 +1,302 @@
+//! Strangers who hold connections open in every way that needs no login, while an honest user works: `loom ps`, `loom
+//! ssh` and a probe stay prompt, the server's memory stays bounded, and the strangers are shown the door.
+//!
+//! The attacks come from loopback addresses of their own, because limits are per address.
+
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use loom_tests::{
+    System, Weaver, api, eventually,
+    processes::{self, memory},
+    system::{PATIENCE, free_port},
+};
+use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+
+/// How long each attack goes on: longer than any deadline for what it does not send.
+const ATTACK: Duration = Duration::from_secs(15);
+/// What an honest user or a probe may wait, the start of `loom` or `curl` included.
+const PROMPT: Duration = Duration::from_secs(1);
+/// By how much the server's memory may grow.
+const GROWTH: u64 = 64 << 20;
+/// The longest that a stranger's connection may stay: a request's body has the longest deadline, 30 s.
+const CLOSED: Duration = Duration::from_secs(40);
+
+#[test]
+fn half_heads_disturb_nobody() -> Result<()> {
+    let (system, weaver) = system_with_weaver(System::start()?)?;
+    withstands(&system, &weaver, |stranger| {
+        let mut stream = stranger.connect()?;
+        stream.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\nX-Long: ")?;
+        stream.write_all(&[b'a'; 8 << 10])?;
+        Ok(stream)
+    })?;
+    system.stop()
+}
+
+#[test]
+fn unfinished_bodies_disturb_nobody() -> Result<()> {
+    let (system, weaver) = system_with_weaver(System::start()?)?;
+    withstands(&system, &weaver, |stranger| {
+        let mut stream = stranger.connect()?;
+        stream.write_all(
+            b"POST /api/login/device HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n\
+              Content-Length: 1048576\r\n\r\n{\"client_name\": \"",
+        )?;
+        // Some send almost all of it, others stop before the server has had enough.
+        let length = if stranger.number.is_multiple_of(2) { 1 << 20 } else { 2 << 10 };
+        // One who is answered before may be cut off.
+        let _ = stream.write_all(&vec![b'a'; length - 100]);
+        Ok(stream)
+    })?;
+    system.stop()
+}
+
+#[test]
+fn silent_connections_to_a_tls_server_disturb_nobody() -> Result<()> {
+    let forwarder = TlsForwarder::listen()?;
+    let url = format!("http://127.0.0.1:{}", forwarder.port);
+    let system = System::start_with_tls(free_port()?, &[("LOOM_SERVER_PUBLIC_URL", &url)])?;
+    forwarder.forward_to(&system.url());
+    let (system, weaver) = system_with_weaver(system)?;
+    withstands(&system, &weaver, Stranger::connect)?;
+    system.stop()
+}
+
+#[test]
+fn one_address_has_a_bounded_number_of_connections_and_the_oldest_gives_way() -> Result<()> {
+    let system = System::start_with(&[("LOOM_SERVER_MAX_CONNECTIONS_PER_ADDRESS", "20")])?;
+    let stranger = Stranger { server: server_of(&system)?, address: Ipv4Addr::new(127, 0, 0, 66), number: 0 };
+    let streams = (0..60).map(|_| stranger.connect()).collect::<Result<Vec<_>>>()?;
+    // Long before any deadline.
+    eventually("the oldest to be closed", Duration::from_secs(5), || {
+        let open = streams.iter().filter(|stream| !is_closed(stream)).count();
+        Ok((open == 20).then_some(()))
+    })?;
+    assert!(streams[..40].iter().all(is_closed) && !streams[40..].iter().any(is_closed));
+    // A newcomer of that address is served too.
+    let mut newcomer = stranger.connect()?;
+    newcomer.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    newcomer.read_to_string(&mut answer)?;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    system.stop()
+}
+
+#[test]
+fn bodies_are_small_where_nobody_logs_in() -> Result<()> {
+    let system = System::start()?;
+    let body = |length: usize| format!("{{\"x\": \"{}\"}}", "a".repeat(length));
+    for path in ["/api/login/device", "/api/login/token"] {
+        assert_eq!(system.request(None, "POST", path, Some(&body(5 << 10)))?.status, 413, "{path}");
+        assert_eq!(system.request(None, "POST", path, Some(&body(3 << 10)))?.status, 400, "{path}");
+    }
+    let register = "/api/agent/register";
+    assert_eq!(system.request(None, "POST", register, Some(&body(10 << 10)))?.status, 400);
+    assert_eq!(system.request(None, "POST", register, Some(&body(20 << 10)))?.status, 413);
+    let token = system.admin_token()?;
+    assert_eq!(system.request(Some(&token), "POST", "/api/weavers", Some(&body(20 << 10)))?.status, 400);
+    system.stop()
+}
+
+#[test]
+fn probes_are_also_answered_beside_the_metrics() -> Result<()> {
+    let address = format!("127.0.0.1:{}", free_port()?);
+    let system = System::start_with(&[("LOOM_SERVER_METRICS_LISTEN", &address)])?;
+    assert!(api::metrics(&address)?.contains("loom_weavers"));
+    for path in ["/livez", "/readyz"] {
+        ensure!(probe(address.parse()?, path)?.starts_with("HTTP/1.1 200"), "{path}");
+    }
+    system.stop()
+}
+
+#[test]
+fn a_trusted_proxy_says_whose_its_connections_are() -> Result<()> {
+    let system = System::start_with(&[
+        ("LOOM_SERVER_TRUSTED_PROXIES", "127.0.0.66"),
+        ("LOOM_SERVER_PROXIES_SEND", "proxy-protocol"),
+        ("LOOM_SERVER_MAX_CONNECTIONS_PER_ADDRESS", "5"),
+    ])?;
+    let proxy = Stranger { server: server_of(&system)?, address: Ipv4Addr::new(127, 0, 0, 66), number: 0 };
+    let open = |client: &str| -> Result<TcpStream> {
+        let mut stream = proxy.connect()?;
+        stream.write_all(format!("PROXY TCP4 {client} 127.0.0.1 1 1\r\n").as_bytes())?;
+        Ok(stream)
+    };
+    let flood = (0..20).map(|_| open("192.0.2.1")).collect::<Result<Vec<_>>>()?;
+    let mut other = open("192.0.2.2")?;
+    eventually("all but five of the one client to be closed", Duration::from_secs(5), || {
+        Ok((flood.iter().filter(|stream| is_closed(stream)).count() == 15).then_some(()))
+    })?;
+    other.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    other.read_to_string(&mut answer)?;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    // Without its word the proxy is nobody.
+    let mut mute = proxy.connect()?;
+    mute.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")?;
+    eventually("the connection without a header to be closed", PATIENCE, || Ok(is_closed(&mute).then_some(())))?;
+    system.stop()
+}
+
+/// A stranger's machine.
+struct Stranger {
+    server: SocketAddr,
+    address: Ipv4Addr,
+    /// Which one it is.
+    number: usize,
+}
+
+impl Stranger {
+    fn connect(&self) -> Result<TcpStream> {
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        bind(&socket, &SocketAddr::new(IpAddr::V4(self.address), 0))?;
+        connect(&socket, &self.server)?;
+        let stream = TcpStream::from(socket);
+        stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    }
+}
+
+fn system_with_weaver(system: System) -> Result<(System, Weaver)> {
+    let weaver = system.new_weaver(&[])?;
+    system.run(&["ssh", &weaver.id, "--", "true"])?;
+    Ok((system, weaver))
+}
+
+fn server_of(system: &System) -> Result<SocketAddr> {
+    let url = system.url();
+    Ok(url.split_once("://").context("a URL")?.1.parse()?)
+}
+
+/// Attacks the server with 36 connections a second, each from another address and left as `open` leaves it, and with
+/// 500 at once from one address. Meanwhile an honest user works.
+fn withstands(
+    system: &System,
+    weaver: &Weaver,
+    open: impl Fn(&Stranger) -> Result<TcpStream> + Send + Sync,
+) -> Result<()> {
+    let (server, pid) = (server_of(system)?, system.server_pid().context("a server")?);
+    let resident = || memory(pid).map(|memory| memory.resident).context("the server has gone");
+    let (before, start) = (resident()?, Instant::now());
+    let open = |address, number| open(&Stranger { server, address, number });
+    let (mut slowest, mut most) = (Duration::ZERO, before);
+    let streams = thread::scope(|scope| -> Result<Vec<TcpStream>> {
+        let flood = scope.spawn(|| (0..500).flat_map(|number| open(Ipv4Addr::new(127, 0, 0, 66), number)).collect());
+        let many = scope.spawn(|| {
+            let mut streams = Vec::new();
+            for number in 0..36 * usize::try_from(ATTACK.as_secs()).unwrap_or(0) {
+                let bytes = u16::try_from(number + 1).unwrap_or(u16::MAX).to_be_bytes();
+                streams.extend(open(Ipv4Addr::new(127, 1, bytes[0], bytes[1]), number));
+                let next = start + Duration::from_millis(1000) * u32::try_from(number).unwrap_or(0) / 36;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+            streams
+        });
+        while start.elapsed() < ATTACK {
+            let mut timed = |what: &str, act: &dyn Fn() -> Result<()>| -> Result<()> {
+                let start = Instant::now();
+                act().with_context(|| format!("{what} during the attack"))?;
+                slowest = slowest.max(start.elapsed());
+                Ok(())
+            };
+            timed("loom ps", &|| system.run(&["ps"]).map(drop))?;
+            timed("loom ssh", &|| system.run(&["ssh", &weaver.id, "--", "true"]).map(drop))?;
+            timed("the probe", &|| {
+                let answer = system.request(None, "GET", "/readyz", None)?;
+                ensure!(answer.status == 200, "{answer:?}");
+                Ok(())
+            })?;
+            most = most.max(resident()?);
+        }
+        let mut streams: Vec<TcpStream> = flood.join().unwrap_or_default();
+        streams.extend(many.join().unwrap_or_default());
+        Ok(streams)
+    })?;
+    most = most.max(resident()?);
+    eprintln!("slowest {slowest:?}, memory from {} to {} MiB, {} connections", before >> 20, most >> 20, streams.len());
+    ensure!(streams.len() > 500, "only {} connections were made", streams.len());
+    eventually("the strangers' connections to be closed", CLOSED, || Ok(streams.iter().all(is_closed).then_some(())))?;
+    ensure!(slowest < PROMPT, "something took {slowest:?}");
+    ensure!(most < before + GROWTH, "the server grew from {} to {} MiB", before >> 20, most >> 20);
+    Ok(())
+}
+
+/// Whether the server has closed a connection, whatever it said before.
+fn is_closed(mut stream: &TcpStream) -> bool {
+    if stream.set_nonblocking(true).is_err() {
+        return true;
+    }
+    let mut answer = [0; 1024];
+    loop {
+        match stream.read(&mut answer) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(error) => return error.kind() != ErrorKind::WouldBlock,
+        }
+    }
+}
+
+fn probe(server: SocketAddr, path: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(server)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// Takes connections in clear and passes them on over TLS, by `openssl`: agents of the local backend trust only the
+/// system's authorities, which the test's is none of.
+struct TlsForwarder {
+    port: u16,
+    server: Arc<Mutex<Option<String>>>,
+    connections: Arc<Mutex<Vec<Child>>>,
+}
+
+impl TlsForwarder {
+    fn listen() -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let port = listener.local_addr()?.port();
+        let forwarder = Self { port, server: Arc::default(), connections: Arc::default() };
+        let (server, connections) = (Arc::clone(&forwarder.server), Arc::clone(&forwarder.connections));
+        // Ends with the test's process.
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let Some(server) = server.lock().ok().and_then(|server| server.clone()) else { continue };
+                let Ok(input) = stream.try_clone() else { continue };
+                let mut openssl = Command::new("openssl");
+                openssl.args(["s_client", "-quiet", "-connect", &server]).stderr(Stdio::null());
+                openssl.stdin(Stdio::from(std::os::fd::OwnedFd::from(input)));
+                openssl.stdout(Stdio::from(std::os::fd::OwnedFd::from(stream)));
+                if let (Ok(child), Ok(mut connections)) = (openssl.spawn(), connections.lock()) {
+                    connections.push(child);
+                }
+            }
+        });
+        Ok(forwarder)
+    }
+
+    fn forward_to(&self, url: &str) {
+        if let Ok(mut server) = self.server.lock() {
+            *server = Some(url.trim_start_matches("https://").to_owned());
+        }
+    }
+}
+
+impl Drop for TlsForwarder {
+    fn drop(&mut self) {
+        for child in self.connections.lock().iter_mut().flat_map(|connections| connections.iter_mut()) {
+            processes::signal(child.id().cast_signed(), rustix::process::Signal::KILL);
+            let _ = child.wait();
+        }
+    }
+}

@@ -11,7 +11,6 @@
 
 // What may be used from outside is listed here; inside, `pub` means the whole crate.
 #![expect(unreachable_pub, reason = "modules are private, and this file says what of them is public")]
-#![allow(dead_code, reason = "revocation and the listener are being connected")]
 
 mod admission;
 mod agents;

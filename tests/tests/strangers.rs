@@ -22,8 +22,9 @@ use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 /// How long each attack goes on: longer than any deadline for what it does not send.
 const ATTACK: Duration = Duration::from_secs(15);
-/// What an honest user or a probe may wait, the start of `loom` or `curl` included.
-const PROMPT: Duration = Duration::from_secs(1);
+/// What an honest user or a probe may wait, the start of `loom` or `curl` included: a second, on a machine that also
+/// attacks and may have other work. A server that is taken down does not answer at all.
+const PROMPT: Duration = Duration::from_secs(3);
 /// By how much the server's memory may grow.
 const GROWTH: u64 = 64 << 20;
 /// The longest that a stranger's connection may stay: a request's body has the longest deadline, 30 s.

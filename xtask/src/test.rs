@@ -10,6 +10,8 @@ use crate::{build, cluster, tools};
 
 /// The end-to-end tests of what users do, which run on both backends.
 const BOTH: [&str; 6] = ["attach", "interop", "lifecycle", "resilience", "ssh", "tunnel"];
+/// Those that need the local backend, or no backend at all.
+const LOCAL: [&str; 7] = ["api", "full_disk", "identity", "isolation", "login", "revocation", "strangers"];
 /// Names the cluster for the tests; when it is not set, they get one of their own.
 const KUBECONFIG: &str = "KUBECONFIG";
 
@@ -37,7 +39,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     if options.no_cluster {
         test(&["test", "--workspace", "--exclude", "loom-tests"], filter, &[])?;
-        test(&end_to_end(&[&BOTH[..], &["api", "isolation"]].concat()), filter, &[])?;
+        test(&end_to_end(&[&BOTH[..], &LOCAL].concat()), filter, &[])?;
     } else {
         let named = std::env::var_os(KUBECONFIG).filter(|path| !path.is_empty()).map(PathBuf::from);
         let own = if named.is_none() { Some(cluster::Own::start(&binaries)?) } else { None };

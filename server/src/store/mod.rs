@@ -82,7 +82,7 @@ impl Store {
     }
 
     /// The deployment's prefix inside the tunnel: a random unique local /48 (RFC 4193 §3.2.2), the same for ever.
-    #[must_use]
+    #[cfg(test)]
     pub const fn network(&self) -> Ipv6Network {
         self.network
     }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use loom_api::{
     client::Client,
-    weaver::{MAX_LIST, Weaver},
+    weaver::{MAX_LIST, Weaver, WeaverStatus},
 };
 use serde_json::Value;
 
@@ -23,7 +23,7 @@ Examples:
   loom ps --all            those that have ended too
   loom ps --json | jq -r '.[].id'
 
-AGE counts from creation; TTL is the whole life, extensions included.")]
+Under what is Pending or Failed stands the reason. AGE counts from creation; TTL is the whole life, extensions included.")]
 pub(crate) struct Args {
     /// Print JSON: the API's objects
     #[arg(long)]
@@ -55,7 +55,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     }
     let weavers: Vec<Weaver> = serde_json::from_value(listed)
         .map_err(|error| CliError::failure(format!("cannot read the list of weavers: {error}")))?;
-    output::bytes(table(&weavers, args.wide).as_bytes())?;
+    output::bytes(table(&weavers, args.wide, width()).as_bytes())?;
     if weavers.is_empty() {
         output::note("No weavers. Make one with: loom new");
     }
@@ -77,7 +77,13 @@ async fn all_pages(client: &Client, query: &str) -> Result<Vec<Value>> {
     }
 }
 
-fn table(weavers: &[Weaver], wide: bool) -> String {
+/// The width of the terminal that standard output is, in characters.
+fn width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+    (size.ws_col > 0).then_some(size.ws_col.into())
+}
+
+fn table(weavers: &[Weaver], wide: bool, width: Option<usize>) -> String {
     let mut header = vec!["ID", "IMAGE", "STATUS", "AGE", "TTL"];
     if wide {
         header.extend(["NAME", "REASON"]);
@@ -99,7 +105,41 @@ fn table(weavers: &[Weaver], wide: bool) -> String {
             row
         })
         .collect();
-    output::table(&header, &rows)
+    let table = output::table(&header, &rows);
+    if wide {
+        return table;
+    }
+    let mut lines = table.lines();
+    let mut text = String::new();
+    if let Some(line) = lines.next() {
+        text.push_str(&format!("{line}\n"));
+    }
+    // A table has one line for each row.
+    for (line, weaver) in lines.zip(weavers) {
+        text.push_str(&format!("{line}\n"));
+        if let Some(reason) = reason(weaver) {
+            text.push_str(&reason_line(reason, width));
+        }
+    }
+    text
+}
+
+/// Why a weaver is not as its user wants it.
+fn reason(weaver: &Weaver) -> Option<&str> {
+    let asked = matches!(weaver.status, WeaverStatus::Pending | WeaverStatus::Failed);
+    weaver.reason.as_deref().filter(|reason| asked && !reason.trim().is_empty())
+}
+
+/// A reason on one line under its weaver, cut where the terminal ends.
+fn reason_line(reason: &str, width: Option<usize>) -> String {
+    const INDENT: &str = "  ";
+    let words: Vec<&str> = reason.split_whitespace().collect();
+    let mut text = output::printable(&words.join(" ")).into_owned();
+    let room = width.map_or(usize::MAX, |width| width.saturating_sub(INDENT.len()).max(1));
+    if text.chars().count() > room {
+        text = text.chars().take(room - 1).chain(['…']).collect();
+    }
+    format!("{INDENT}{text}\n")
 }
 
 #[cfg(test)]
@@ -121,7 +161,7 @@ mod tests {
     #[test]
     fn the_table_is_as_documented() {
         assert_eq!(
-            table(&[weaver()], false),
+            table(&[weaver()], false, None),
             "ID                                      IMAGE      STATUS   AGE   TTL\n\
              W-01890000-0000-7000-8000-000000000001  debian:13  Running  1.5h  4h\n"
         );
@@ -130,14 +170,28 @@ mod tests {
     #[test]
     fn the_wide_table_has_names_and_reasons() {
         assert_eq!(
-            table(&[weaver()], true),
+            table(&[weaver()], true, Some(20)),
             "ID                                      IMAGE      STATUS   AGE   TTL  NAME  REASON\n\
              W-01890000-0000-7000-8000-000000000001  debian:13  Running  1.5h  4h   work  the main program runs\n"
         );
     }
 
     #[test]
+    fn what_is_pending_or_failed_has_its_reason_below_it() {
+        let failed = |reason: &str| Weaver { status: WeaverStatus::Failed, reason: Some(reason.into()), ..weaver() };
+        let pending = Weaver { status: WeaverStatus::Pending, reason: Some("no node has room".into()), ..weaver() };
+        let text = table(&[failed("exited with 1\n\x1b[2Jand said so"), weaver(), pending], false, None);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 6, "{text}");
+        assert_eq!(lines[2], "  exited with 1 \u{fffd}[2Jand said so");
+        assert_eq!(lines[5], "  no node has room");
+        assert_eq!(table(&[failed(" ")], false, None).lines().count(), 2, "nothing to say needs no line");
+        let cut = table(&[failed("exited with 1")], false, Some(12));
+        assert_eq!(cut.lines().last(), Some("  exited wi…"));
+    }
+
+    #[test]
     fn no_weavers_are_a_header() {
-        assert_eq!(table(&[], false), "ID  IMAGE  STATUS  AGE  TTL\n");
+        assert_eq!(table(&[], false, None), "ID  IMAGE  STATUS  AGE  TTL\n");
     }
 }

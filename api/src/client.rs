@@ -368,6 +368,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn failures_that_may_pass_are_told_from_those_that_stay() {
+        let server = || "https://loom.example/".to_owned();
+        let unreachable = |failure| ClientError::Unreachable { server: server(), failure, reason: String::new() };
+        let answered = |status| ClientError::Protocol { server: server(), reason: String::new(), status };
+        let refused = |code| ClientError::from(ApiError::new(code, "no"));
+        for passing in [
+            unreachable(ConnectionFailure::Refused),
+            unreachable(ConnectionFailure::Other),
+            answered(Some(502)),
+            answered(Some(429)),
+            refused(ErrorCode::Internal),
+        ] {
+            assert!(passing.is_passing(), "{passing:?}");
+        }
+        for lasting in [
+            unreachable(ConnectionFailure::UnknownIssuer),
+            answered(Some(404)),
+            answered(None),
+            refused(ErrorCode::Unauthorized),
+        ] {
+            assert!(!lasting.is_passing(), "{lasting:?}");
+        }
+    }
+
+    #[test]
     fn a_token_never_travels_in_clear() {
         for good in ["https://loom.example", "http://127.0.0.1:7700", "http://localhost:7700", "http://[::1]:1"] {
             assert!(Client::new(good, None).is_ok(), "{good}");

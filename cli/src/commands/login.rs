@@ -10,13 +10,12 @@ use std::{
 
 use loom_api::{
     ErrorCode, Secret,
-    client::{Client, ClientError},
+    client::Client,
     login::{CreateToken, DeviceLogin, Me, NewToken, PollDeviceLogin, StartDeviceLogin},
 };
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::{
-    backoff::Backoff,
     context::Context,
     error::{CliError, Doing as _, Exit, Result},
     output,
@@ -29,6 +28,10 @@ const MAX_TOKEN: u64 = 16 << 10;
 const MAX_AUTHORITIES: u64 = 512 << 10;
 /// What is added to the interval when the server asks for patience (RFC 8628 §3.5).
 const SLOW_DOWN: Duration = Duration::from_secs(5);
+/// The longest wait between two polls of a server that does not answer, unless it asked for a longer one.
+const MAX_PAUSE: Duration = Duration::from_secs(10);
+/// What the user is told meanwhile.
+const WAITING: &str = "waiting for your approval";
 
 /// Logs in to a server.
 ///
@@ -169,8 +172,8 @@ async fn approve(client: &Client, args: &Args) -> Result<Secret> {
         .doing(format_args!("cannot begin a login at {}", client.base()))?;
     let opened = !args.no_browser && open_browser(&login.verification_uri_complete);
     output::note(&instructions(&login, opened));
-    let progress = Progress::start("waiting for your approval");
-    let token = poll(client, &login).await;
+    let progress = Progress::start(WAITING);
+    let token = poll(client, &login, &progress).await;
     progress.finish();
     token
 }
@@ -184,35 +187,84 @@ fn instructions(login: &DeviceLogin, opened: bool) -> String {
     )
 }
 
-/// Asks until there is an answer, as often as the server allows (RFC 8628 §3.5).
-async fn poll(client: &Client, login: &DeviceLogin) -> Result<Secret> {
-    let expired = || {
-        CliError::new(Exit::TIMED_OUT, "cannot log in: the code has expired before it was approved")
-            .hint("try again with: loom login")
-    };
+/// Asks until there is an answer, as often as the server allows. A server that cannot be reached or is overloaded is
+/// asked again until the code expires: it may be restarting while the user approves.
+async fn poll(client: &Client, login: &DeviceLogin, progress: &Progress) -> Result<Secret> {
     let deadline = Instant::now() + Duration::from_secs(login.expires_in);
-    let mut interval = Duration::from_secs(login.interval.max(1));
-    let mut unreachable = Backoff::default();
+    let mut pace = Pace::new(Duration::from_secs(login.interval));
     let request = PollDeviceLogin { device_code: login.device_code.clone() };
+    let mut problem: Option<String> = None;
     loop {
-        sleep(interval).await;
-        if Instant::now() >= deadline {
-            return Err(expired());
+        if Instant::now() + pace.pause() >= deadline {
+            sleep_until(deadline).await;
+            return Err(expired(problem));
         }
-        let error = match client.post::<NewToken>("/api/login/token", &request).await {
+        sleep(pace.pause()).await;
+        let asked = timeout_at(deadline, client.post::<NewToken>("/api/login/token", &request)).await;
+        let Ok(answer) = asked else { return Err(expired(problem)) };
+        let error = match answer {
             Ok(new) => return Ok(new.token),
             Err(error) => error,
         };
         match error.code() {
-            Some(ErrorCode::AuthorizationPending) => unreachable.reset(),
-            Some(ErrorCode::SlowDown) => interval += SLOW_DOWN,
-            Some(ErrorCode::ExpiredToken) => return Err(expired()),
+            Some(ErrorCode::AuthorizationPending) => {
+                pace.answered();
+                if problem.take().is_some() {
+                    progress.waiting_for(WAITING);
+                }
+            }
+            Some(ErrorCode::SlowDown) => pace.slow_down(),
+            Some(ErrorCode::ExpiredToken) => return Err(expired(None)),
             Some(ErrorCode::AccessDenied) => {
                 return Err(CliError::new(Exit::NOT_LOGGED_IN, "cannot log in: the login was refused in the browser"));
             }
-            None if matches!(error, ClientError::Unreachable { .. }) => unreachable.wait().await,
+            _ if error.is_passing() => {
+                pace.failed();
+                progress.waiting_for(&format!("{error}; trying again"));
+                problem = Some(error.to_string());
+            }
             _ => return Err(CliError::from(error).doing("cannot log in")),
         }
+    }
+}
+
+fn expired(problem: Option<String>) -> CliError {
+    let why = match problem {
+        Some(problem) => format!("the server did not answer before the code expired: {problem}"),
+        None => "the code has expired before it was approved".to_owned(),
+    };
+    CliError::new(Exit::TIMED_OUT, format!("cannot log in: {why}")).hint("try again with: loom login")
+}
+
+/// How long to wait before the next poll (RFC 8628 §3.5): the interval, longer for good each time that the server asks
+/// to slow down, and twice as long for each failure in a row.
+#[derive(Debug)]
+struct Pace {
+    interval: Duration,
+    failures: u32,
+}
+
+impl Pace {
+    fn new(interval: Duration) -> Self {
+        Self { interval: interval.max(Duration::from_secs(1)), failures: 0 }
+    }
+
+    fn pause(&self) -> Duration {
+        let longest = MAX_PAUSE.max(self.interval);
+        self.interval.saturating_mul(1 << self.failures.min(8)).min(longest)
+    }
+
+    fn answered(&mut self) {
+        self.failures = 0;
+    }
+
+    fn slow_down(&mut self) {
+        self.failures = 0;
+        self.interval += SLOW_DOWN;
+    }
+
+    fn failed(&mut self) {
+        self.failures = self.failures.saturating_add(1);
     }
 }
 
@@ -269,6 +321,25 @@ mod tests {
         let key = "-----BEGIN PRIVATE KEY-----\nMIIC\n-----END PRIVATE KEY-----\n";
         assert_eq!(certificates(&format!("a note\r\n{certificate}{key}{certificate}")), certificate.repeat(2));
         assert_eq!(certificates(key), "");
+    }
+
+    #[test]
+    fn polls_slow_down_for_good_when_asked_and_for_a_while_after_failures() {
+        let mut pace = Pace::new(Duration::from_secs(1));
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            pauses.push(pace.pause().as_secs());
+            pace.failed();
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 10, 10]);
+        pace.answered();
+        assert_eq!(pace.pause().as_secs(), 1);
+        pace.slow_down();
+        pace.slow_down();
+        pace.answered();
+        assert_eq!(pace.pause().as_secs(), 11);
+        pace.failed();
+        assert_eq!(pace.pause().as_secs(), 11, "no wait is longer than it was");
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use clap::{Args, Parser, Subcommand, builder::styling};
 
 use crate::commands::{
-    attach, completion, delete, events, exec, extend, login, logout, logs, new, ps, ssh, ssh_config, tunnel, version,
-    whoami,
+    attach, completion, delete, events, exec, extend, login, logout, logs, new, ps, ssh, ssh_config, token, tunnel,
+    version, whoami,
 };
 
 const STYLES: styling::Styles = styling::Styles::styled()
@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Logout(logout::Args),
     /// Show who is logged in, and where
     Whoami(whoami::Args),
+    /// Make, list and revoke tokens for programs, such as CI
+    Token(token::Args),
     /// Let ssh, scp, sftp, rsync and editors reach weavers as ID.loom
     SshConfig(ssh_config::Args),
     /// Print the completion script of a shell
@@ -163,6 +165,7 @@ mod tests {
                 "login",
                 "logout",
                 "whoami",
+                "token",
                 "ssh-config",
                 "completion",
                 "version",
@@ -178,9 +181,14 @@ mod tests {
         for command in tree.get_subcommands().filter(|command| command.get_name() != "help") {
             assert!(command.get_about().is_some(), "{}", command.get_name());
         }
-        for verb in ["new", "ps", "attach", "ssh", "exec", "tunnel", "logs", "events", "extend", "delete", "login"] {
+        for verb in
+            ["new", "ps", "attach", "ssh", "exec", "tunnel", "logs", "events", "extend", "delete", "login", "token"]
+        {
             assert!(help(&[verb]).contains("Examples:"), "{verb}: {}", help(&[verb]));
-            assert!(verb == "login" || help(&["weaver", verb]).contains("Examples:"), "weaver {verb}");
+            assert!(
+                ["login", "token"].contains(&verb) || help(&["weaver", verb]).contains("Examples:"),
+                "weaver {verb}"
+            );
         }
     }
 

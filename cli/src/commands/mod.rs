@@ -13,6 +13,7 @@ pub(crate) mod new;
 pub(crate) mod ps;
 pub(crate) mod ssh;
 pub(crate) mod ssh_config;
+pub(crate) mod token;
 pub(crate) mod tunnel;
 pub(crate) mod version;
 pub(crate) mod whoami;
@@ -48,6 +49,7 @@ pub(crate) async fn run(context: &Context, command: &Command) -> Result<Exit, Cl
         Command::Login(args) => Box::pin(login::run(context, args)).await,
         Command::Logout(args) => Box::pin(logout::run(context, args)).await,
         Command::Whoami(args) => Box::pin(whoami::run(context, args)).await,
+        Command::Token(args) => Box::pin(token::run(context, args)).await,
         Command::SshConfig(args) => Box::pin(ssh_config::run(context, args)).await,
         Command::Completion(args) => completion::run(args),
         Command::Version(args) => Box::pin(version::run(context, args)).await,

@@ -38,6 +38,8 @@ pub enum ErrorCode {
     TooManyTokens,
     /// The user or the organisation has as many connections of this kind as it may.
     TooManyConnections,
+    /// Too many requests came from the client's address.
+    TooManyRequests,
     /// The image cannot be had: it does not exist, is not allowed, or this backend has no images.
     ImageUnavailable,
     /// Device login: not approved yet.
@@ -82,7 +84,7 @@ impl ErrorCode {
             Self::WeaverGone => 410,
             Self::PayloadTooLarge => 413,
             Self::ImageUnavailable => 422,
-            Self::TooManyWeavers | Self::TooManyTokens | Self::TooManyConnections => 429,
+            Self::TooManyWeavers | Self::TooManyTokens | Self::TooManyConnections | Self::TooManyRequests => 429,
             Self::Internal | Self::Unknown => 500,
             Self::KubernetesError => 502,
             Self::Unavailable => 503,

@@ -218,6 +218,7 @@ const fn hint_for(code: ErrorCode) -> Option<&'static str> {
         ErrorCode::WeaverNotReady => Some("see what it waits for with: loom events ID"),
         ErrorCode::AgentUnreachable => Some("try again in a moment; see: loom events ID"),
         ErrorCode::TooManyWeavers => Some("delete one with: loom delete ID"),
+        ErrorCode::TooManyRequests => Some("wait a minute, then try again"),
         ErrorCode::NameTaken => Some("choose another --name, or delete the other weaver"),
         _ => None,
     }

@@ -127,6 +127,7 @@ impl App {
             sessions,
             admission,
             deadlines,
+            device_limits: api::device::DeviceLimits::default(),
             stopping: CancellationToken::new(),
         });
         if let Some(listener) = metrics_listener {

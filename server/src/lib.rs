@@ -25,6 +25,7 @@ pub mod manage;
 mod metrics;
 mod problem;
 mod provision;
+mod rate_limit;
 mod reconcile;
 mod relay;
 mod resources;

@@ -7,8 +7,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admission::Admission, agents::Hub, config::Config, events::Events, metrics::Metrics, provision::Provisioner,
-    reconcile::Reconciler, relay::Relay, secrets::Secrets, sessions::Sessions, store::Store, streams::Streams,
+    admission::Admission, agents::Hub, api::device::DeviceLimits, config::Config, events::Events, metrics::Metrics,
+    provision::Provisioner, reconcile::Reconciler, relay::Relay, secrets::Secrets, sessions::Sessions, store::Store,
+    streams::Streams,
 };
 
 /// What handlers share. Cheap to clone.
@@ -51,6 +52,8 @@ pub struct Shared {
     pub admission: Arc<Admission>,
     /// Where weavers are named whose deadline is new.
     pub deadlines: mpsc::Sender<WeaverId>,
+    /// What each address may do about device logins.
+    pub device_limits: DeviceLimits,
     /// The server is stopping.
     pub stopping: CancellationToken,
 }

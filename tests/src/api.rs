@@ -17,6 +17,15 @@ pub struct Answer {
     pub body: Value,
 }
 
+/// A page for a browser.
+#[derive(Debug)]
+pub struct Page {
+    /// The HTTP status.
+    pub status: u16,
+    /// The HTML.
+    pub body: String,
+}
+
 impl Answer {
     /// The error code in the body, or nothing.
     #[must_use]
@@ -76,6 +85,39 @@ impl System {
         let answer = self.request(Some(token), "POST", "/api/tokens", Some(r#"{"name":"tests"}"#))?;
         ensure!(answer.status == 201, "signing in: {answer:?}");
         Ok(answer.body["token"].as_str().context("a token")?.to_owned())
+    }
+
+    /// Approves a device login with a token, as a person does in a browser: fills in both forms at `/login/device`.
+    ///
+    /// # Errors
+    ///
+    /// When the server refuses.
+    pub fn approve_login(&self, code: &str, token: &str) -> Result<()> {
+        let question = self.login_page(&[&format!("user_code={code}"), "token@-"], token)?;
+        let ticket = question.body.split("name=\"ticket\" value=\"").nth(1).and_then(|rest| rest.split('"').next());
+        let ticket = ticket.with_context(|| format!("no second step: {question:?}"))?;
+        let done = self.login_page(&["action=approve", "ticket@-"], ticket)?;
+        ensure!(done.status == 200 && done.body.contains("Logged in"), "approving: {done:?}");
+        Ok(())
+    }
+
+    /// Sends a form to `/login/device`; `@-` in a field stands for `secret`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer at all.
+    pub fn login_page(&self, fields: &[&str], secret: &str) -> Result<Page> {
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--noproxy", "*", "--max-time", "30", "--write-out", "\n%{http_code}"]);
+        for field in fields {
+            curl.args(["--data-urlencode", field]);
+        }
+        curl.arg(format!("{}/login/device", self.url()));
+        let output = output_with_input(curl, secret.as_bytes())?;
+        ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (body, status) = text.rsplit_once('\n').context("curl's status line")?;
+        Ok(Page { status: status.parse()?, body: body.to_owned() })
     }
 
     /// Adds a user besides the administrator; a token of theirs for the API.

@@ -1,8 +1,12 @@
 //! Logging in: over HTTPS with certificates of every kind, and through the browser.
 
-use std::{path::PathBuf, process::Output};
+use std::{
+    io::{BufRead as _, BufReader},
+    path::PathBuf,
+    process::Output,
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use loom_tests::{Authority, System, system::free_port};
 
 /// A name that stands for this machine everywhere, and an address.
@@ -103,4 +107,92 @@ fn a_file_without_a_certificate_is_no_authority() -> Result<()> {
     assert_eq!(output.status.code(), Some(2), "{}", text(&output));
     assert!(text(&output).contains("no certificate"), "{}", text(&output));
     Ok(())
+}
+
+#[test]
+fn a_token_for_a_program_is_made_listed_and_revoked() -> Result<()> {
+    let system = System::start()?;
+    let made = system.output(&["token", "create", "ci", "--ttl", "2"])?;
+    assert!(made.status.success(), "{}", text(&made));
+    let token = String::from_utf8(made.stdout.clone())?.trim_end().to_owned();
+    assert!(token.starts_with("loom_") && !token.contains(char::is_whitespace), "the token stands alone: {made:?}");
+    assert!(!text(&made).contains(&token), "{made:?}");
+
+    let as_program = |arguments: &[&str]| system.loom(arguments).env("LOOM_TOKEN", &token).output();
+    assert!(as_program(&["ps"])?.status.success());
+    let listed = system.json(&["token", "list", "--json"])?;
+    let ci = listed.as_array().into_iter().flatten().find(|token| token["name"] == "ci").cloned().unwrap_or_default();
+    assert!(ci["last_used_at"].is_string() && ci["expires_at"].is_string(), "{listed}");
+    let id = ci["id"].to_string();
+    let table = system.run(&["token", "list"])?;
+    assert!(table.lines().any(|line| line.starts_with(&format!("{id} ")) && line.contains(" ci ")), "{table}");
+
+    system.run(&["token", "revoke", &id])?;
+    assert_eq!(as_program(&["ps"])?.status.code(), Some(4));
+    let again = system.output(&["token", "revoke", &id])?;
+    assert!(text(&again).contains("loom token list"), "{again:?}");
+    system.stop()
+}
+
+#[test]
+fn a_login_waits_through_a_restart_of_the_server() -> Result<()> {
+    let mut system = System::start_logged_out(&[])?;
+    let mut login = system.loom(&["login", "--no-browser"]).stderr(std::process::Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(login.stderr.take().context("standard error was piped")?).lines();
+    let code = lines.by_ref().map_while(Result::ok).find_map(|line| user_code(&line)).context("a code")?;
+    system.kill_server()?;
+    // A poll meets the closed port while it is away.
+    let polled = std::net::TcpListener::bind(system.url().trim_start_matches("http://"))?;
+    drop(polled.accept()?);
+    drop(polled);
+    system.start_server()?;
+    system.approve_login(&code, &system.sign_in_token()?)?;
+    assert!(login.wait()?.success(), "{:?}", lines.map_while(Result::ok).collect::<Vec<_>>());
+    system.stop()
+}
+
+#[test]
+fn the_approval_page_shows_who_asks_and_then_takes_the_decision() -> Result<()> {
+    let system = System::start_logged_out(&[])?;
+    let begin = || -> Result<(String, String)> {
+        let body = r#"{"client_name":"eve@<b>laptop"}"#;
+        let login = system.request(None, "POST", "/api/login/device", Some(body))?;
+        let text = |name: &str| login.body[name].as_str().map(str::to_owned).context("a code");
+        Ok((text("user_code")?, format!(r#"{{"device_code":"{}"}}"#, text("device_code")?)))
+    };
+    let token = system.admin_token()?;
+    let (code, poll) = begin()?;
+    let question = system.login_page(&[&format!("user_code={code}"), "token@-"], &token)?;
+    assert_eq!(question.status, 200, "{question:?}");
+    for shown in ["eve@&lt;b&gt;laptop", "127.0.0.1", "UTC", ">admin<", "Approve", "Deny"] {
+        assert!(question.body.contains(shown), "{shown}: {}", question.body);
+    }
+    assert!(!question.body.contains(&token), "the token does not travel a second time");
+    let pending = system.request(None, "POST", "/api/login/token", Some(&poll))?;
+    assert_eq!(pending.code(), "authorization_pending", "nothing is decided by the first step");
+    // One step is not enough, and a ticket cannot be made up.
+    let at_once = system.login_page(&["action=approve", &format!("user_code={code}"), "token@-"], &token)?;
+    assert!(at_once.body.contains("Let this client in?"), "{at_once:?}");
+    let made_up = system.login_page(&["action=approve", "ticket@-"], "AAAA")?;
+    assert_eq!(made_up.status, 400, "{made_up:?}");
+    let ticket = question.body.split("name=\"ticket\" value=\"").nth(1).and_then(|rest| rest.split('"').next());
+    let denied = system.login_page(&["action=deny", "ticket@-"], ticket.context("a ticket")?)?;
+    assert!(denied.body.contains("Denied"), "{denied:?}");
+    let answer = system.request(None, "POST", "/api/login/token", Some(&poll))?;
+    assert_eq!(answer.code(), "access_denied");
+
+    // Wrong ones are slowed down.
+    let wrong = || system.login_page(&["user_code=BCDF-GHJK", "token@-"], "loom_wrong");
+    let statuses = (0..12).map(|_| Ok(wrong()?.status)).collect::<Result<Vec<_>>>()?;
+    assert_eq!((statuses[0], statuses[11]), (403, 429), "{statuses:?}");
+    // So are many beginnings.
+    let began = (0..25).map(|_| begin().is_ok()).filter(|began| *began).count();
+    assert!((15..=22).contains(&began), "{began}");
+    Ok(())
+}
+
+/// Two groups of four letters: `BCDF-GHJK`.
+fn user_code(line: &str) -> Option<String> {
+    let code = line.trim();
+    (code.len() == 9 && code.as_bytes()[4] == b'-').then(|| code.to_owned())
 }

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
-use loom_tests::{System, Weaver, postgres, system::output_with_input};
+use loom_tests::{System, Weaver, postgres};
 
 use crate::{build, tools};
 
@@ -75,7 +75,7 @@ fn log_in(system: &System) -> Result<()> {
         let line = line?;
         say(&line);
         if let (false, Some(code)) = (approved, find_user_code(&line)) {
-            approve(system, code)?;
+            system.approve_login(code, &system.sign_in_token()?)?;
             approved = true;
         }
     }
@@ -87,17 +87,6 @@ fn log_in(system: &System) -> Result<()> {
 fn find_user_code(line: &str) -> Option<&str> {
     line.split(|character: char| !character.is_ascii_uppercase() && character != '-')
         .find(|word| word.len() == 9 && word.as_bytes()[4] == b'-' && word.matches('-').count() == 1)
-}
-
-/// Fills in the form at `/login/device`.
-fn approve(system: &System, code: &str) -> Result<()> {
-    let mut curl = Command::new("curl");
-    curl.args(["-sS", "--fail", "--noproxy", "*", "--output", "/dev/null"])
-        .args(["--data", "action=approve", "--data-urlencode", &format!("user_code={code}")])
-        .args(["--data-urlencode", "token@-", &format!("{}/login/device", system.url())]);
-    let output = output_with_input(curl, system.sign_in_token()?.as_bytes())?;
-    ensure!(output.status.success(), "approving: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
 }
 
 /// A directory that the weaver's user can read.

@@ -1,7 +1,14 @@
 //! The device authorization grant (RFC 8628), and the page on which a person approves it.
 //!
-//! The page asks for a sign-in token with every decision, so there is no session that another site could ride on. The
-//! codes are kept as hashes.
+//! The page takes two steps. The first asks for the code and a token; the second shows who asks to be let in, and takes
+//! the decision. Between them the page carries a ticket that only this server can read, and no cookie, so there is no
+//! session that another site could ride on. Codes are kept as hashes.
+
+use std::{
+    net::IpAddr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use axum::{
     Form,
@@ -15,37 +22,77 @@ use loom_api::{
     ErrorCode, Secret,
     login::{DeviceLogin, NewToken, PollDeviceLogin, StartDeviceLogin, TokenKind},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::Body;
 use crate::{
+    listener::ClientAddress,
     problem::{Answer, Problem},
-    secrets::random,
+    rate_limit::RateLimit,
+    secrets::{hash, random},
     sign_in,
     state::AppState,
-    store::{Approval, DevicePoll, Token, TokenOwner},
+    store::{Approval, DeviceLoginError, DevicePoll, LoginClient, PendingLogin, Token, TokenOwner},
 };
 
 /// How long a login may wait for its approval.
 const LIFETIME: SignedDuration = SignedDuration::from_mins(10);
 /// Between two polls.
 const INTERVAL: SignedDuration = SignedDuration::from_secs(1);
+/// How long a user may look at who asks before deciding.
+const TICKET_LIFETIME: SignedDuration = SignedDuration::from_mins(2);
+/// What tickets are sealed for.
+const TICKET: &str = "device login approval v1";
+/// Logins that an address may begin at once, and how soon another one.
+const STARTS: (u32, Duration) = (20, Duration::from_secs(3));
+/// Wrong codes and tokens that an address may send at once, and how soon another one.
+const FAILURES: (u32, Duration) = (10, Duration::from_secs(6));
 /// Letters of user codes: no vowels, so no words; nothing that looks like a digit (RFC 8628 §6.1).
 const LETTERS: &[u8; 20] = b"BCDFGHJKLMNPQRSTVWXZ";
 /// The longest name of a client that is kept.
 const LONGEST_NAME: usize = 100;
 
+/// What each address may do about device logins.
+pub struct DeviceLimits {
+    starts: Mutex<RateLimit>,
+    failures: Mutex<RateLimit>,
+}
+
+impl Default for DeviceLimits {
+    fn default() -> Self {
+        let limit = |(burst, interval)| Mutex::new(RateLimit::new(burst, interval));
+        Self { starts: limit(STARTS), failures: limit(FAILURES) }
+    }
+}
+
+fn take(limit: &Mutex<RateLimit>, address: IpAddr) -> Result<(), Duration> {
+    limit.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now(), address)
+}
+
 /// Begins a login.
 #[utoipa::path(post, path = "/api/login/device", tag = "login", request_body = StartDeviceLogin,
-    responses((status = 200, body = DeviceLogin)))]
+    responses((status = 200, body = DeviceLogin), (status = 429, body = loom_api::ErrorBody)))]
 pub async fn start(
     State(app): State<AppState>,
+    address: ClientAddress,
     Body(request): Body<StartDeviceLogin>,
 ) -> Answer<axum::Json<DeviceLogin>> {
+    let too_many = |message: &str, hint: String| Problem::new(ErrorCode::TooManyRequests, message).hint(hint);
+    take(&app.device_limits.starts, address.network()).map_err(|wait| {
+        too_many("too many logins were begun from your address", format!("try again in {}", seconds(wait)))
+    })?;
     let device_code = URL_SAFE_NO_PAD.encode(random::<32>());
     let user_code = new_user_code();
     let name: String = request.client_name.chars().filter(|letter| !letter.is_control()).take(LONGEST_NAME).collect();
-    app.store.add_device_login(&device_code, &user_code, &name, Timestamp::now() + LIFETIME).await?;
+    let client = LoginClient { name, address: address.0, network: address.network() };
+    let until = Timestamp::now() + LIFETIME;
+    app.store.add_device_login(&device_code, &user_code, &client, until).await.map_err(|error| match error {
+        DeviceLoginError::TooMany => too_many(
+            "too many logins wait for their approval",
+            "approve or deny those that wait, or try again in ten minutes".to_owned(),
+        ),
+        DeviceLoginError::Database(error) => error.into(),
+    })?;
     let verification_uri = format!("{}/login/device", app.url);
     Ok(axum::Json(DeviceLogin {
         device_code: Secret::from(device_code),
@@ -86,12 +133,23 @@ pub struct PageQuery {
     user_code: String,
 }
 
-/// What the page sends.
+/// What the page sends: first the code and a token, then the ticket and the decision.
 #[derive(Deserialize)]
-pub struct Decision {
+pub struct Submission {
+    #[serde(default)]
     user_code: String,
-    token: Secret,
+    token: Option<Secret>,
+    ticket: Option<String>,
+    #[serde(default)]
     action: String,
+}
+
+/// Who may decide which login, and until when.
+#[derive(Serialize, Deserialize)]
+struct Ticket {
+    user_code: String,
+    token_hash: String,
+    until: Timestamp,
 }
 
 /// The approval page.
@@ -100,26 +158,71 @@ pub async fn page(Query(query): Query<PageQuery>) -> Response {
     respond(StatusCode::OK, &form(&query.user_code, ""))
 }
 
-/// The user's decision, from the page.
+/// A step of the approval, from the page.
 #[utoipa::path(post, path = "/login/device", tag = "login", responses((status = 200, content_type = "text/html", body = String)))]
-pub async fn decide(State(app): State<AppState>, decision: Result<Form<Decision>, FormRejection>) -> Answer<Response> {
-    let Ok(Form(decision)) = decision else {
-        return Ok(respond(StatusCode::BAD_REQUEST, &form("", "The form was not complete.")));
+pub async fn submit(
+    State(app): State<AppState>,
+    address: ClientAddress,
+    submission: Result<Form<Submission>, FormRejection>,
+) -> Answer<Response> {
+    match submission {
+        Ok(Form(Submission { ticket: Some(ticket), action, .. })) => decide(&app, &ticket, &action).await,
+        Ok(Form(Submission { user_code, token: Some(token), .. })) => {
+            let code = normalise(&user_code);
+            let failures = &app.device_limits.failures;
+            if let Err(wait) = take(failures, address.network()) {
+                let why = format!("Too many wrong codes or tokens from your address. Try again in {}.", seconds(wait));
+                return Ok(respond(StatusCode::TOO_MANY_REQUESTS, &form(&code, &why)));
+            }
+            let (right, response) = ask(&app, &code, &token).await?;
+            if right {
+                failures.lock().unwrap_or_else(PoisonError::into_inner).give_back(address.network());
+            }
+            Ok(response)
+        }
+        _ => Ok(respond(StatusCode::BAD_REQUEST, &form("", "The form was not complete."))),
+    }
+}
+
+/// The first step: shows who asks, if code and token are right, and whether they are.
+async fn ask(app: &AppState, code: &str, token: &Secret) -> Answer<(bool, Response)> {
+    let again = |status, why| Ok((false, respond(status, &form(code, why))));
+    let token_hash = hash(token.expose().trim());
+    let Some(Token { owner: TokenOwner::User(user, _), .. }) = app.store.token_with_hash(&token_hash).await? else {
+        return again(StatusCode::FORBIDDEN, NOT_A_TOKEN);
     };
-    let code = normalise(&decision.user_code);
-    let again = |status, why| Ok(respond(status, &form(&code, why)));
-    let signed_in = app.store.token(decision.token.expose().trim()).await?;
-    let Some(Token { id, kind, owner: TokenOwner::User(user, _), .. }) = signed_in else {
-        return again(StatusCode::FORBIDDEN, "This is not a sign-in token of this server.");
+    let Some(login) = app.store.pending_device_login(code).await? else {
+        return again(StatusCode::NOT_FOUND, NO_LOGIN);
     };
-    let Some(client) = app.store.pending_device_login(&code).await? else {
-        return again(
-            StatusCode::NOT_FOUND,
-            "No login waits with this code. It may have expired: run loom login again.",
-        );
+    let now = Timestamp::now();
+    let ticket = Ticket { user_code: code.to_owned(), token_hash, until: now + TICKET_LIFETIME };
+    let sealed = app.secrets.seal(TICKET, &serde_json::to_vec(&ticket).map_err(anyhow::Error::from)?);
+    let page = question(&login, &user.name, now, &URL_SAFE_NO_PAD.encode(sealed));
+    Ok((true, respond(StatusCode::OK, &page)))
+}
+
+/// The second step: does what the user said. The token is looked at again, because it may have been revoked meanwhile.
+async fn decide(app: &AppState, ticket: &str, action: &str) -> Answer<Response> {
+    let opened = URL_SAFE_NO_PAD.decode(ticket).ok().and_then(|sealed| app.secrets.open(TICKET, &sealed).ok());
+    let ticket: Option<Ticket> = opened.and_then(|plain| serde_json::from_slice(&plain).ok());
+    let approval = match action {
+        "approve" => Some(Approval::Approve),
+        "deny" => Some(Approval::Deny),
+        _ => None,
     };
-    let approval = if decision.action == "approve" { Approval::Approve } else { Approval::Deny };
-    if !app.store.decide_device_login(&code, user.id, approval).await? {
+    let (Some(ticket), Some(approval)) = (ticket.filter(|ticket| Timestamp::now() < ticket.until), approval) else {
+        return Ok(respond(StatusCode::BAD_REQUEST, &form("", "That took too long. Please begin again.")));
+    };
+    let code = &ticket.user_code;
+    let again = |status, why| Ok(respond(status, &form(code, why)));
+    let token = app.store.token_with_hash(&ticket.token_hash).await?;
+    let Some(Token { id, kind, owner: TokenOwner::User(user, _), .. }) = token else {
+        return again(StatusCode::FORBIDDEN, NOT_A_TOKEN);
+    };
+    let Some(login) = app.store.pending_device_login(code).await? else {
+        return again(StatusCode::NOT_FOUND, NO_LOGIN);
+    };
+    if !app.store.decide_device_login(code, user.id, approval).await? {
         return again(StatusCode::CONFLICT, "This login was decided meanwhile.");
     }
     if kind == Some(TokenKind::SignIn) && approval == Approval::Approve {
@@ -130,9 +233,14 @@ pub async fn decide(State(app): State<AppState>, decision: Result<Form<Decision>
         Approval::Approve => ("Logged in", "is logged in as"),
         Approval::Deny => ("Denied", "was not logged in as"),
     };
-    let (client, name) = (escape(&client), escape(&user.name));
+    let (client, name) = (escape(&login.client_name), escape(&user.name));
     let body = format!("<h1>{heading}</h1><p><b>{client}</b> {text} <b>{name}</b>. You can close this page.</p>");
     Ok(respond(StatusCode::OK, &body))
+}
+
+/// A wait, in whole seconds.
+fn seconds(wait: Duration) -> String {
+    format!("{} s", wait.as_secs() + 1)
 }
 
 fn new_user_code() -> String {
@@ -163,18 +271,37 @@ fn form(code: &str, complaint: &str) -> String {
         if complaint.is_empty() { String::new() } else { format!("<p role=\"alert\">{}</p>", escape(complaint)) };
     format!(
         "<h1>Log in to Loom</h1>{complaint}\
-         <p>Approve only if the code is the one that your own <code>loom login</code> shows.</p>\
+         <p>Continue only if the code is the one that your own <code>loom login</code> shows. You will see who asks before you decide.</p>\
          <form method=\"post\" action=\"/login/device\">\
          <label>Code<input name=\"user_code\" value=\"{}\" required maxlength=\"16\" autocomplete=\"off\" autocapitalize=\"characters\" spellcheck=\"false\"></label>\
          <label>Your sign-in token<input name=\"token\" type=\"password\" required autocomplete=\"current-password\"></label>\
-         <div><button name=\"action\" value=\"approve\">Approve</button>\
-         <button name=\"action\" value=\"deny\" class=\"quiet\">Deny</button></div></form>",
+         <div><button>Continue</button></div></form>",
         escape(code)
     )
 }
 
+/// Who asks to be let in, and as whom.
+fn question(login: &PendingLogin, user: &str, now: Timestamp, ticket: &str) -> String {
+    let (client, address, user) = (escape(&login.client_name), escape(&login.client_address), escape(user));
+    let minutes = now.duration_since(login.created_at).as_mins();
+    let ago = if minutes == 0 { "less than a minute ago".to_owned() } else { format!("{minutes} min ago") };
+    let when = login.created_at.strftime("%Y-%m-%d %H:%M UTC");
+    format!(
+        "<h1>Let this client in?</h1><dl><dt>Client</dt><dd>{client}</dd><dt>Address</dt><dd>{address}</dd>\
+         <dt>Asked</dt><dd>{when}, {ago}</dd><dt>Will be logged in as</dt><dd>{user}</dd></dl>\
+         <p>Approve only if you ran <code>loom login</code> there yourself just now. The name is what the client says \
+         of itself.</p><form method=\"post\" action=\"/login/device\">\
+         <input type=\"hidden\" name=\"ticket\" value=\"{ticket}\">\
+         <div><button name=\"action\" value=\"approve\">Approve</button>\
+         <button name=\"action\" value=\"deny\" class=\"quiet\">Deny</button></div></form>"
+    )
+}
+
+const NOT_A_TOKEN: &str = "This is not a sign-in token of this server.";
+const NO_LOGIN: &str = "No login waits with this code. It may have expired: run loom login again.";
+
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;background:#f4f4f1;color:#1d1d1b;display:grid;place-items:center;min-height:100vh;margin:0}\
-main{background:#fff;padding:2rem 2.5rem;border-radius:12px;max-width:26rem;box-shadow:0 1px 8px #0002}h1{font-size:1.4rem;margin-top:0}\
+main{background:#fff;padding:2rem 2.5rem;border-radius:12px;max-width:26rem;box-shadow:0 1px 8px #0002}h1{font-size:1.4rem;margin-top:0}dt{font-size:.85rem;opacity:.7}dd{margin:0 0 .6rem;font-weight:600;overflow-wrap:anywhere}\
 label{display:block;margin:1rem 0}input{display:block;width:100%;box-sizing:border-box;font:inherit;padding:.6rem;border:1px solid #888;border-radius:6px}\
 button{font:inherit;padding:.6rem 1.4rem;border:0;border-radius:6px;background:#245c3d;color:#fff;margin-right:.5rem}button.quiet{background:#e4e4de;color:#1d1d1b}\
 [role=alert]{background:#fbe9e7;padding:.6rem;border-radius:6px}@media(prefers-color-scheme:dark){body{background:#1d1d1b;color:#eee}main{background:#2a2a28}\
@@ -217,5 +344,11 @@ mod tests {
     #[test]
     fn what_a_stranger_sends_stands_on_the_page_as_text() {
         assert!(!form("\"><script>", "").contains("<script>"));
+        let now = Timestamp::now();
+        let address = "192.0.2.7".to_owned();
+        let login = PendingLogin { client_name: "<script>".into(), client_address: address, created_at: now };
+        let page = question(&login, "ada", now, "ticket");
+        assert!(!page.contains("<script>"), "{page}");
+        assert!(["192.0.2.7", "ada", "less than a minute ago"].iter().all(|shown| page.contains(shown)), "{page}");
     }
 }

@@ -83,7 +83,7 @@ fn routes_and_document() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(ready))
         .routes(routes!(device::start))
         .routes(routes!(device::poll))
-        .routes(routes!(device::page, device::decide))
+        .routes(routes!(device::page, device::submit))
         .layer(DefaultBodyLimit::max(MAX_OPEN_BODY))
         .routes(routes!(login::log_out))
         .routes(routes!(login::me))

@@ -1,7 +1,7 @@
-//! Users, organisations and device logins.
+//! Users and organisations.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use loom_api::{OrgId, Secret, UserId, login::TokenKind};
 use sqlx::{Sqlite, Transaction};
 
@@ -9,7 +9,6 @@ use super::{
     Store, millis, parsed, timestamp,
     tokens::{self, advance_revision},
 };
-use crate::secrets::hash;
 
 /// A user as operators see it.
 #[derive(Debug)]
@@ -31,30 +30,6 @@ pub struct OrgRecord {
     pub personal: bool,
     /// The members' names.
     pub members: Vec<String>,
-}
-
-/// What a poll of a device login finds.
-#[derive(Debug)]
-pub enum DevicePoll {
-    /// Nobody has approved yet.
-    Pending,
-    /// The last poll was less than the interval ago.
-    TooSoon,
-    /// Unknown, used, or too old.
-    Expired,
-    /// The user said no.
-    Denied,
-    /// The user said yes; the login is used up.
-    Approved(UserId),
-}
-
-/// What a user says to a device login.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Approval {
-    /// Let it in.
-    Approve,
-    /// Do not.
-    Deny,
 }
 
 impl Store {
@@ -216,113 +191,6 @@ impl Store {
         advance_revision(&mut transaction).await?;
         Ok(transaction.commit().await?)
     }
-
-    /// Records a device login.
-    ///
-    /// # Errors
-    ///
-    /// The database's; also when the user code is in use.
-    pub async fn add_device_login(
-        &self,
-        device_code: &str,
-        user_code: &str,
-        client: &str,
-        until: Timestamp,
-    ) -> sqlx::Result<()> {
-        let mut transaction = self.begin_write().await?;
-        // The table holds only what can still be used, so that it never grows.
-        sqlx::query("DELETE FROM device_logins WHERE expires_at <= ?")
-            .bind(millis(Timestamp::now()))
-            .execute(&mut *transaction)
-            .await?;
-        sqlx::query("INSERT INTO device_logins (device_hash, user_hash, client_name, expires_at) VALUES (?, ?, ?, ?)")
-            .bind(hash(device_code))
-            .bind(hash(user_code))
-            .bind(client)
-            .bind(millis(until))
-            .execute(&mut *transaction)
-            .await?;
-        transaction.commit().await
-    }
-
-    /// Where the login with a user code comes from, if it can still be decided.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn pending_device_login(&self, user_code: &str) -> sqlx::Result<Option<String>> {
-        sqlx::query_scalar(
-            "SELECT client_name FROM device_logins \
-             WHERE user_hash = ? AND expires_at > ? AND denied = 0 AND user_id IS NULL",
-        )
-        .bind(hash(user_code))
-        .bind(millis(Timestamp::now()))
-        .fetch_optional(self.reader())
-        .await
-    }
-
-    /// Decides a device login; whether it could still be decided.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn decide_device_login(&self, user_code: &str, user: UserId, approval: Approval) -> sqlx::Result<bool> {
-        let done = sqlx::query(
-            "UPDATE device_logins SET denied = ?, user_id = ? \
-             WHERE user_hash = ? AND expires_at > ? AND denied = 0 AND user_id IS NULL",
-        )
-        .bind(i64::from(approval == Approval::Deny))
-        .bind((approval == Approval::Approve).then(|| user.to_string()))
-        .bind(hash(user_code))
-        .bind(millis(Timestamp::now()))
-        .execute(self.writer())
-        .await?;
-        Ok(done.rows_affected() > 0)
-    }
-
-    /// Looks at a device login on behalf of its device (RFC 8628 §3.5). An approved one is used up by this.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
-    pub async fn poll_device_login(&self, device_code: &str, interval: SignedDuration) -> sqlx::Result<DevicePoll> {
-        let now = Timestamp::now();
-        let code = hash(device_code);
-        let mut transaction = self.begin_write().await?;
-        let row: Option<(i64, Option<i64>, i64, Option<String>)> =
-            sqlx::query_as("SELECT expires_at, polled_at, denied, user_id FROM device_logins WHERE device_hash = ?")
-                .bind(&code)
-                .fetch_optional(&mut *transaction)
-                .await?;
-        let Some((expires_at, polled_at, denied, user)) = row else { return Ok(DevicePoll::Expired) };
-        let (poll, used_up) = if denied != 0 {
-            (DevicePoll::Denied, true)
-        } else if expires_at <= millis(now) {
-            (DevicePoll::Expired, true)
-        } else if let Some(user) = user {
-            (DevicePoll::Approved(parsed(&user)?), true)
-        } else if polled_at
-            .is_some_and(|polled| millis(now) - polled < i64::try_from(interval.as_millis()).unwrap_or(0))
-        {
-            (DevicePoll::TooSoon, false)
-        } else {
-            (DevicePoll::Pending, false)
-        };
-        if used_up {
-            sqlx::query("DELETE FROM device_logins WHERE device_hash = ?")
-                .bind(&code)
-                .execute(&mut *transaction)
-                .await?;
-        } else {
-            sqlx::query("UPDATE device_logins SET polled_at = ? WHERE device_hash = ?")
-                .bind(millis(now))
-                .bind(&code)
-                .execute(&mut *transaction)
-                .await?;
-        }
-        transaction.commit().await?;
-        Ok(poll)
-    }
 }
 
 async fn insert_user(transaction: &mut Transaction<'_, Sqlite>, name: &str) -> Result<UserId> {
@@ -372,26 +240,4 @@ async fn shared_org_id(transaction: &mut Transaction<'_, Sqlite>, name: &str) ->
         row.with_context(|| format!("there is no organisation {name}; make it with: loom-server org create {name}"))?;
     ensure!(!personal, "{name} is a user's own organisation; its only member is that user");
     Ok(id)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{super::tests::temporary, *};
-
-    #[tokio::test]
-    async fn a_device_login_is_approved_once_and_used_once() {
-        let (_directory, store) = temporary().await;
-        let user = store.add_user("ada").await.expect("added");
-        let (interval, soon) = (SignedDuration::from_secs(5), Timestamp::now() + SignedDuration::from_secs(60));
-        store.add_device_login("device", "USER", "ada@laptop", soon).await.expect("recorded");
-        assert!(matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::Pending)));
-        assert!(matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::TooSoon)));
-        assert_eq!(store.pending_device_login("USER").await.expect("found").as_deref(), Some("ada@laptop"));
-        assert!(store.decide_device_login("USER", user, Approval::Approve).await.expect("decided"));
-        assert!(!store.decide_device_login("USER", user, Approval::Deny).await.expect("too late"));
-        assert!(
-            matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::Approved(id)) if id == user)
-        );
-        assert!(matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::Expired)));
-    }
 }

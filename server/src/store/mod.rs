@@ -3,9 +3,10 @@
 //! SQLite has one writer at a time, so this process has one connection that writes, and the others only read. Writers
 //! queue for it here instead of colliding in the file.
 //!
-//! [`identity`] holds users, organisations and device logins; [`tokens`] their tokens; [`weavers`] the weavers with their events;
+//! [`identity`] holds users and organisations; [`device_logins`] logins that wait for approval; [`tokens`] their tokens; [`weavers`] the weavers with their events;
 //! [`tunnels`] devices, addresses and grants. Methods are on [`Store`], which is cheap to clone.
 
+mod device_logins;
 mod identity;
 mod rights;
 mod space;
@@ -23,7 +24,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous},
 };
 
-pub use identity::{Approval, DevicePoll};
+pub use device_logins::{Approval, DeviceLoginError, DevicePoll, LoginClient, PendingLogin};
 pub use tokens::{Token, TokenError, TokenOwner};
 pub use tunnels::{GRANT_PAGE, KeyError, KeyOwner, LiveGrant};
 pub use weavers::{Added, Deadline, Idempotency, Limit, Limits, MAX_FITTING, Page, Transition};
@@ -208,12 +209,14 @@ pub(crate) mod tests {
         let other_process = Store::open(&directory.path().join("loom.db")).await.expect("opens twice");
         let user = store.add_user("ada").await.expect("added");
         let until = Timestamp::now() + SignedDuration::from_mins(10);
-        let mut clients = tokio::task::JoinSet::<Result<(), TokenError>>::new();
+        let mut clients = tokio::task::JoinSet::<Result<()>>::new();
         for client in 0..CLIENTS {
             let store = if client % 4 == 0 { other_process.clone() } else { store.clone() };
             clients.spawn(async move {
                 let device = format!("device-{client}");
-                store.add_device_login(&device, &format!("USER-{client}"), "laptop", until).await?;
+                let address = std::net::IpAddr::from([192, 0, 2, client as u8]);
+                let who = LoginClient { name: "laptop".to_owned(), address, network: address };
+                store.add_device_login(&device, &format!("USER-{client}"), &who, until).await?;
                 for _ in 0..ROUNDS {
                     store.poll_device_login(&device, SignedDuration::ZERO).await?;
                     let token = store.add_user_token(user, "ci", TokenKind::Api, None).await?;

@@ -129,13 +129,18 @@ impl Store {
 
     /// Whose a bearer token is. It is looked up by its hash, so the comparison tells nothing about the token.
     pub async fn token(&self, token: &str) -> sqlx::Result<Option<Token>> {
+        self.token_with_hash(&hash(token)).await
+    }
+
+    /// Whose the bearer token with a hash is.
+    pub async fn token_with_hash(&self, hash: &str) -> sqlx::Result<Option<Token>> {
         let row: Option<TokenRow> = sqlx::query_as(
             "SELECT t.id, t.kind, t.user_id, t.weaver_id, t.expires_at, t.last_used_at, u.name AS user_name, \
              u.suspended_at, (SELECT number FROM identity_revision) AS revision \
              FROM tokens t LEFT JOIN users u ON u.id = t.user_id \
              WHERE t.hash = ? AND (t.expires_at IS NULL OR t.expires_at > ?)",
         )
-        .bind(hash(token))
+        .bind(hash)
         .bind(millis(Timestamp::now()))
         .fetch_optional(self.reader())
         .await?;

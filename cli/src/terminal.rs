@@ -3,11 +3,9 @@
 //! A [`RawMode`] restores when dropped. The panic hook of [`install_panic_hook`] restores before a panic is told, and
 //! `main` drops the running command (and with it the guard) when SIGTERM or SIGHUP comes ([`ended_from_outside`]).
 
-use std::{
-    io::{self, IsTerminal as _, Write as _},
-    sync::{Mutex, PoisonError},
-};
+use std::io::{self, IsTerminal as _, Write as _};
 
+use parking_lot::Mutex;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -46,7 +44,7 @@ impl RawMode {
         let modes = tcgetattr(io::stdin())?;
         let mut raw = modes.clone();
         raw.make_raw();
-        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(Saved { modes, alternate: false });
+        *SAVED.lock() = Some(Saved { modes, alternate: false });
         let guard = Self(());
         tcsetattr(io::stdin(), OptionalActions::Now, &raw)?;
         Ok(guard)
@@ -62,7 +60,7 @@ impl RawMode {
 
     /// Notes whether what is shown is on the alternate screen.
     pub(crate) fn alternate_screen(&self, shown: bool) {
-        if let Some(saved) = &mut *SAVED.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(saved) = &mut *SAVED.lock() {
             saved.alternate = shown;
         }
     }
@@ -76,7 +74,7 @@ impl Drop for RawMode {
 
 /// Puts the terminal back, if it is raw.
 fn restore() {
-    let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+    let Some(saved) = SAVED.lock().take() else { return };
     // A terminal that has gone cannot be put back, and need not be.
     if io::stdout().is_terminal() {
         let mut out = io::stdout().lock();

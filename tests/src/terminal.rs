@@ -3,11 +3,12 @@
 use std::{
     io::{Read as _, Write as _},
     process::{Child, ExitStatus},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
+use parking_lot::Mutex;
 
 use crate::wait::eventually;
 
@@ -48,7 +49,7 @@ impl Terminal {
             let mut buffer = [0; 16 << 10];
             // The read fails once the program and its children have closed the terminal.
             while let Ok(count @ 1..) = (&*reader).read(&mut buffer) {
-                let mut drawn = drawn.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut drawn = drawn.lock();
                 drawn.parser.process(&buffer[..count]);
                 drawn.raw.extend_from_slice(&buffer[..count]);
             }
@@ -69,13 +70,13 @@ impl Terminal {
     /// The screen's text now.
     #[must_use]
     pub fn screen(&self) -> String {
-        self.screen.lock().unwrap_or_else(PoisonError::into_inner).parser.screen().contents()
+        self.screen.lock().parser.screen().contents()
     }
 
     /// All bytes that were drawn since the start.
     #[must_use]
     pub fn raw(&self) -> Vec<u8> {
-        self.screen.lock().unwrap_or_else(PoisonError::into_inner).raw.clone()
+        self.screen.lock().raw.clone()
     }
 
     /// Waits until the screen shows `text`.

@@ -2,12 +2,12 @@
 
 use std::{
     process::{Child, Stdio},
-    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{System, cluster::Cluster, eventually, system::PATIENCE, terminal::Terminal, tools};
+use parking_lot::Mutex;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -70,7 +70,7 @@ impl Drop for Creating {
 
 #[test]
 fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -> Result<()> {
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = ONE_AT_A_TIME.lock();
     let system = System::start_on_kubernetes(&[])?;
     let (weaver, other) = (system.new_weaver(&[])?, system.new_weaver(&[])?);
     let mut attach = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
@@ -110,7 +110,7 @@ fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -
 
 #[test]
 fn a_server_that_starts_during_an_outage_serves_what_runs() -> Result<()> {
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = ONE_AT_A_TIME.lock();
     let mut system = System::start_on_kubernetes(&[])?;
     let weaver = system.new_weaver(&[])?;
     let mut attach = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
@@ -136,7 +136,7 @@ fn a_server_that_starts_during_an_outage_serves_what_runs() -> Result<()> {
 fn a_node_that_is_gone_is_said_and_one_that_is_back_is_used() -> Result<()> {
     /// Controllers give a node the time to come back: its lease's, then that of the collector of pods.
     const CONTROLLERS: Duration = Duration::from_secs(180);
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = ONE_AT_A_TIME.lock();
     let system = System::start_on_kubernetes(&[])?;
     let weaver = system.new_weaver(&[])?;
     let namespace = system.namespace().context("the system runs on Kubernetes")?;

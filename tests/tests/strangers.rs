@@ -7,7 +7,7 @@ use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -18,6 +18,7 @@ use loom_tests::{
     processes::{self, memory},
     system::{PATIENCE, free_port},
 };
+use parking_lot::Mutex;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 /// How long each attack goes on: longer than any deadline for what it does not send.
@@ -272,14 +273,14 @@ impl TlsForwarder {
         // Ends with the test's process.
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let Some(server) = server.lock().ok().and_then(|server| server.clone()) else { continue };
+                let Some(server) = server.lock().clone() else { continue };
                 let Ok(input) = stream.try_clone() else { continue };
                 let mut openssl = Command::new("openssl");
                 openssl.args(["s_client", "-quiet", "-connect", &server]).stderr(Stdio::null());
                 openssl.stdin(Stdio::from(std::os::fd::OwnedFd::from(input)));
                 openssl.stdout(Stdio::from(std::os::fd::OwnedFd::from(stream)));
-                if let (Ok(child), Ok(mut connections)) = (openssl.spawn(), connections.lock()) {
-                    connections.push(child);
+                if let Ok(child) = openssl.spawn() {
+                    connections.lock().push(child);
                 }
             }
         });
@@ -287,15 +288,13 @@ impl TlsForwarder {
     }
 
     fn forward_to(&self, url: &str) {
-        if let Ok(mut server) = self.server.lock() {
-            *server = Some(url.trim_start_matches("https://").to_owned());
-        }
+        *self.server.lock() = Some(url.trim_start_matches("https://").to_owned());
     }
 }
 
 impl Drop for TlsForwarder {
     fn drop(&mut self) {
-        for child in self.connections.lock().iter_mut().flat_map(|connections| connections.iter_mut()) {
+        for child in self.connections.lock().iter_mut() {
             processes::signal(child.id().cast_signed(), rustix::process::Signal::KILL);
             let _ = child.wait();
         }

@@ -4,13 +4,9 @@
 //! the process. The table's lock is held over each spawn: a child that ends at once is reaped only after it stands in
 //! the table, and the standard library's own wait for a child whose exec failed cannot meet ours.
 
-use std::{
-    collections::HashMap,
-    io,
-    process::Command,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, io, process::Command};
 
+use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     io::Errno,
     process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process_group, wait},
@@ -87,7 +83,7 @@ impl Children {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Pid, oneshot::Sender<ExitStatus>>> {
-        self.alive.lock().unwrap_or_else(PoisonError::into_inner)
+        self.alive.lock()
     }
 }
 

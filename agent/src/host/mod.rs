@@ -27,17 +27,12 @@ mod stream;
 mod terminal;
 mod words;
 
-use std::{
-    collections::BTreeMap,
-    ffi::OsString,
-    path::PathBuf,
-    process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::BTreeMap, ffi::OsString, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use loom_api::agent::MainState;
+use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -115,7 +110,7 @@ impl Host {
     ///
     /// When it cannot be run.
     fn start(&self, request: &StartRequest) -> Result<(), Failure> {
-        let mut starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut starting = self.starting.lock();
         if starting.is_none() {
             return Ok(());
         }

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -21,6 +21,7 @@ use gix::protocol::transport::{
     Protocol,
     client::git::{ConnectMode, blocking_io::Connection},
 };
+use parking_lot::Mutex;
 
 /// What is to be cloned, and where.
 #[derive(Debug, Clone)]
@@ -221,14 +222,14 @@ impl Uploader {
             .spawn()
             .map_err(failed)?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).replace(child);
+        self.0.lock().replace(child);
         let (stdin, stdout) = (stdin.expect("it was piped"), stdout.expect("it was piped"));
         let path = path.to_string_lossy().into_owned();
         Ok(Connection::new(stdout, stdin, Protocol::V2, path, None::<(String, _)>, ConnectMode::Process, false))
     }
 
     fn end(&self) {
-        if let Some(mut child) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(mut child) = self.0.lock().take() {
             // It has ended by itself when all went well.
             let _ = child.kill();
             let _ = child.wait();

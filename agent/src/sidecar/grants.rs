@@ -5,7 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,6 +13,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use jiff::Timestamp;
 use loom_api::{WireGuardKey, agent::Grant};
 use loom_tunnel::{PeerConfig, PublicKey, Tunnel};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
@@ -60,11 +61,11 @@ impl<P: Peers> Grants<P> {
     }
 
     fn held(&self) -> MutexGuard<'_, HashMap<WireGuardKey, Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock()
     }
 
     fn stale(&self) -> MutexGuard<'_, HashSet<WireGuardKey>> {
-        self.stale.lock().unwrap_or_else(PoisonError::into_inner)
+        self.stale.lock()
     }
 
     /// Makes the grants exactly these, and those that follow by [`Self::and`] when there are more.
@@ -182,10 +183,10 @@ mod tests {
 
     impl Peers for Recorder {
         fn admit(&self, peer: PeerConfig) {
-            self.0.lock().unwrap().insert(peer.public_key.to_bytes(), peer.address);
+            self.0.lock().insert(peer.public_key.to_bytes(), peer.address);
         }
         fn remove(&self, key: &PublicKey) {
-            self.0.lock().unwrap().remove(key.as_bytes());
+            self.0.lock().remove(key.as_bytes());
         }
     }
 
@@ -201,7 +202,7 @@ mod tests {
     }
 
     fn admitted(grants: &Grants<Recorder>) -> Vec<u8> {
-        let mut keys: Vec<_> = grants.peers.0.lock().unwrap().keys().map(|key| key[0]).collect();
+        let mut keys: Vec<_> = grants.peers.0.lock().keys().map(|key| key[0]).collect();
         keys.sort_unstable();
         keys
     }

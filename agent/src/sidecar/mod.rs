@@ -24,10 +24,7 @@ mod relay;
 mod ssh;
 mod streams;
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use jiff::Timestamp;
@@ -37,6 +34,7 @@ use loom_api::{
     client::Client,
 };
 use loom_tunnel::{Events, Tunnel, TunnelEvent};
+use parking_lot::Mutex;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -174,20 +172,20 @@ async fn live(config: Config) -> anyhow::Result<()> {
 impl Sidecar {
     /// A client with the newest token.
     fn client(&self) -> Client {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.client.lock().clone()
     }
 
     /// What the SSH server shows of itself.
     fn ssh(&self) -> Arc<russh::server::Config> {
-        Arc::clone(&self.ssh.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.ssh.lock())
     }
 
     /// Takes over what a new registration brought. The address is the weaver's, and stays.
     fn registered(&self, registered: &Registered) {
         let token: Secret = registered.token.clone();
-        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = self.config.server.with_token(token);
+        *self.client.lock() = self.config.server.with_token(token);
         let ssh = ssh::config(&self.identity.ssh, &registered.ssh_certificate);
-        *self.ssh.lock().unwrap_or_else(PoisonError::into_inner) = ssh;
+        *self.ssh.lock() = ssh;
     }
 
     /// Whether something must be said before the sidecar ends.

@@ -6,7 +6,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -18,6 +17,7 @@ use loom_tunnel::{
     Tunnel, TunnelStream,
     forward::{serve_socks, splice},
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
     net::{TcpListener, TcpStream},
@@ -55,7 +55,7 @@ impl LoopbackAddresses {
         if !cfg!(target_os = "linux") {
             return Ipv4Addr::LOCALHOST;
         }
-        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.0.lock();
         if let Some(address) = taken.get(&weaver) {
             return *address;
         }
@@ -78,7 +78,7 @@ impl LoopbackAddresses {
 
     /// The weaver's address is free again.
     pub(crate) fn give_back(&self, weaver: WeaverId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&weaver);
+        self.0.lock().remove(&weaver);
     }
 }
 
@@ -120,7 +120,7 @@ impl Listeners {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// The weaver's loopback address.

@@ -7,7 +7,7 @@ use std::{
     collections::{HashMap, VecDeque},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -20,6 +20,7 @@ use loom_api::{
     tunnel::{OpenTunnel, PORTS_PORT, TunnelGrant},
 };
 use loom_tunnel::{Config, ConnectError, PeerConfig, PublicKey, StaticSecret, Tunnel, TunnelStream};
+use parking_lot::Mutex;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::{
     sync::OnceCell,
@@ -127,13 +128,13 @@ impl Node {
 
     /// A client with the newest token.
     pub(super) fn client(&self) -> Client {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner).client.clone()
+        self.client.lock().client.clone()
     }
 
     /// Goes on with the newest token, because an older one may have been revoked, and with the authorities that the
     /// user trusts now.
     pub(crate) fn renew_client(&self, token: &Secret, authorities: &str) -> Result<()> {
-        let mut current = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.client.lock();
         if current.authorities == authorities {
             current.client = current.client.with_token(token.clone());
         } else {
@@ -144,7 +145,7 @@ impl Node {
 
     /// All weavers that have a tunnel.
     pub(crate) fn weavers(&self) -> Vec<Arc<Weaver>> {
-        let mut all: Vec<_> = self.weavers.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let mut all: Vec<_> = self.weavers.lock().values().cloned().collect();
         all.sort_by_key(|weaver| weaver.id);
         all
     }
@@ -162,9 +163,9 @@ impl Node {
     /// A weaver that has a tunnel, by its id, what it was called before, or the beginning of its id.
     pub(crate) fn known(&self, reference: &str) -> Option<Arc<Weaver>> {
         let reference = normalise(reference).ok()?;
-        let named = || self.names.lock().unwrap_or_else(PoisonError::into_inner).get(&reference).copied();
+        let named = || self.names.lock().get(&reference).copied();
         let id = reference.parse().ok().or_else(named)?;
-        self.weavers.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+        self.weavers.lock().get(&id).cloned()
     }
 
     /// The weaver's address inside the tunnel, for names such as `ID.loom`.
@@ -264,7 +265,7 @@ impl Node {
             return;
         }
         let node = Arc::downgrade(self);
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(async move {
+        self.tasks.lock().spawn(async move {
             let Some(node) = node.upgrade() else { return };
             for weaver in node.weavers() {
                 if let Err(error) = node.ask(&weaver).await
@@ -330,11 +331,11 @@ impl Node {
             candidates: grant.candidates.clone(),
         };
         let weaver = {
-            let mut weavers = self.weavers.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut weavers = self.weavers.lock();
             let weaver = weavers.entry(grant.weaver_id).or_insert_with(|| Arc::new(Weaver::new(&grant)));
             Arc::clone(weaver)
         };
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = self.names.lock();
         names.insert(reference.to_owned(), grant.weaver_id);
         drop(names);
         if let Some(old) = weaver.renew(grant)
@@ -359,7 +360,7 @@ impl Node {
         let config = Config { private_key: self.private_key.clone(), address, udp };
         let (tunnel, mut incoming, mut events) =
             Tunnel::start(config).map_err(|error| CliError::failure(format!("starting the tunnel: {error}")))?;
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tasks = self.tasks.lock();
         // Nobody is to connect to us, and nobody unknown is let in.
         tasks.spawn(async move {
             while let Some(connection) = incoming.next().await {
@@ -383,7 +384,7 @@ impl Node {
     /// Tells the server, and through it the agent, where we can perhaps be reached.
     fn tell_candidates(self: &Arc<Self>, weaver: WeaverId) {
         let node = Arc::downgrade(self);
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(async move {
+        self.tasks.lock().spawn(async move {
             let Some(node) = node.upgrade() else { return };
             if let Err(error) = node.request_grant(&weaver.to_string(), node.candidates()).await {
                 tracing::info!(%weaver, "the server was not told our addresses: {error}");
@@ -469,7 +470,7 @@ impl Node {
         tracing::info!(weaver = %weaver.id, "it is gone: {why}");
         weaver.set_problem(Some(why.to_string()));
         if weaver.is_up() {
-            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut ended = self.ended.lock();
             ended.retain(|status| status.weaver_id != weaver.id.to_string());
             ended.push_back(TunnelStatus {
                 up: false,
@@ -489,13 +490,13 @@ impl Node {
 
     /// Tunnels whose weavers went away, since they were last asked for with `forget`.
     pub(crate) fn ended(&self, forget: bool) -> Vec<TunnelStatus> {
-        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ended = self.ended.lock();
         if forget { ended.drain(..).collect() } else { ended.iter().cloned().collect() }
     }
 
     fn drop_weaver(&self, weaver: &Weaver) {
-        self.weavers.lock().unwrap_or_else(PoisonError::into_inner).remove(&weaver.id);
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, id| *id != weaver.id);
+        self.weavers.lock().remove(&weaver.id);
+        self.names.lock().retain(|_, id| *id != weaver.id);
         self.addresses.give_back(weaver.id);
         if let Some(tunnel) = self.tunnel.get() {
             tunnel.remove_peer(&weaver.peer_key());
@@ -525,7 +526,7 @@ impl Node {
             // The grants end by themselves at the latest with their weavers.
             let _ = self.client().delete(&format!("/api/devices/{key}")).await;
         }
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        self.tasks.lock().abort_all();
     }
 }
 

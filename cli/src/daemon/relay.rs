@@ -6,7 +6,7 @@
 use std::{
     io,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures_util::{Sink, Stream};
 use loom_api::{ErrorCode, client::WebSocket};
 use loom_tunnel::relay::{RelayChannel, RelayConnector, frame};
+use parking_lot::Mutex;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
@@ -99,10 +100,6 @@ fn other(error: Error) -> io::Error {
     io::Error::other(error)
 }
 
-fn lock(socket: &Mutex<Socket>) -> MutexGuard<'_, Socket> {
-    socket.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// The half that is written to.
 struct Writer(Arc<Mutex<Socket>>);
 
@@ -110,19 +107,19 @@ impl Sink<Bytes> for Writer {
     type Error = io::Error;
 
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).pinned().poll_ready(cx).map_err(other)
+        self.0.lock().pinned().poll_ready(cx).map_err(other)
     }
 
     fn start_send(self: Pin<&mut Self>, frame: Bytes) -> io::Result<()> {
-        lock(&self.0).pinned().start_send(Message::Binary(frame)).map_err(other)
+        self.0.lock().pinned().start_send(Message::Binary(frame)).map_err(other)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).pinned().poll_flush(cx).map_err(other)
+        self.0.lock().pinned().poll_flush(cx).map_err(other)
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).pinned().poll_close(cx).map_err(other)
+        self.0.lock().pinned().poll_close(cx).map_err(other)
     }
 }
 
@@ -133,7 +130,7 @@ impl Stream for Reader {
     type Item = io::Result<Bytes>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
-        let frame = ready!(lock(&self.0).poll_frame(cx));
+        let frame = ready!(self.0.lock().poll_frame(cx));
         Poll::Ready(frame)
     }
 }

@@ -7,13 +7,14 @@ use std::{
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
 
 use loom_tunnel::forward::splice;
+use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -122,8 +123,7 @@ async fn serve_from(directory: &Path) -> Result<Exit> {
     let _ = fs::remove_file(&path);
     drop(listener);
     connections.shutdown().await;
-    let nodes: Vec<_> =
-        daemon.nodes.lock().unwrap_or_else(PoisonError::into_inner).drain().map(|(_, node)| node).collect();
+    let nodes: Vec<_> = daemon.nodes.lock().drain().map(|(_, node)| node).collect();
     futures_util::future::join_all(nodes.iter().map(|node| end(node))).await;
     tracing::info!("the daemon ends");
     drop(lock);
@@ -196,7 +196,7 @@ fn slept((then, wall_then): &mut (Instant, SystemTime)) -> bool {
 
 impl Daemon {
     fn nodes(&self) -> Vec<Arc<Node>> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.nodes.lock().values().cloned().collect()
     }
 
     fn is_busy(&self) -> bool {
@@ -205,7 +205,7 @@ impl Daemon {
 
     fn is_idle(&self) -> bool {
         let limit = if self.taken_down.load(Ordering::Relaxed) { IDLE_AFTER_DOWN } else { IDLE };
-        let mut last_used = self.last_used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last_used = self.last_used.lock();
         if self.is_busy() {
             *last_used = Instant::now();
         }
@@ -221,7 +221,7 @@ impl Daemon {
         protocol::write(&mut stream, &Greeting { version: env!("CARGO_PKG_VERSION").to_owned(), busy: self.is_busy() })
             .await?;
         let request: Request = tokio::time::timeout(REQUEST, protocol::read(&mut stream)).await??;
-        *self.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self.last_used.lock() = Instant::now();
         let operation = request.operation.clone();
         self.taken_down.store(matches!(operation, Operation::Down { .. }), Ordering::Relaxed);
         let reply = match operation {
@@ -259,7 +259,7 @@ impl Daemon {
 
     /// The node for the request's server; it is made at the first request.
     fn node(&self, request: &Request) -> Result<Arc<Node>> {
-        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut nodes = self.nodes.lock();
         if let Some(node) = nodes.get(&request.server_url) {
             node.renew_client(&request.token, &request.authorities)?;
             return Ok(Arc::clone(node));
@@ -274,7 +274,7 @@ impl Daemon {
     async fn instead_of(&self, foreign: &Arc<Node>, request: &Request) -> Result<Arc<Node>> {
         tracing::info!(server = request.server_url, "the server or the user has changed: another device begins");
         {
-            let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut nodes = self.nodes.lock();
             if nodes.get(&request.server_url).is_some_and(|node| Arc::ptr_eq(node, foreign)) {
                 nodes.remove(&request.server_url);
             }

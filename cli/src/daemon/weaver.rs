@@ -2,13 +2,14 @@
 
 use std::{
     net::Ipv6Addr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{WeaverId, tunnel::TunnelGrant};
 use loom_tunnel::{PathKind, PublicKey};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{listeners::Listeners, node::Node, protocol::TunnelStatus};
 
@@ -61,7 +62,7 @@ impl Weaver {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Its address inside the tunnel.

@@ -17,10 +17,11 @@ use std::{
     collections::{HashMap, VecDeque},
     fmt, io,
     net::{Ipv6Addr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -378,7 +379,7 @@ impl fmt::Debug for IncomingConnection {
 impl Shared {
     /// The state machines. A panic of another task does not spread: they are consistent between any two calls.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        self.core.lock()
     }
 
     /// Makes the driver look for work.

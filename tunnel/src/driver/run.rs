@@ -1,12 +1,8 @@
 //! The driver's loop.
 
-use std::{
-    future::poll_fn,
-    net::SocketAddr,
-    sync::{Arc, MutexGuard},
-    time::Instant,
-};
+use std::{future::poll_fn, net::SocketAddr, sync::Arc, time::Instant};
 
+use parking_lot::MutexGuard;
 use tokio::sync::mpsc;
 use tracing::{debug, info};
 

@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     io,
     net::{Ipv6Addr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,6 +17,7 @@ use loom_tunnel::{
     Config, Events, Incoming, PeerConfig, PublicKey, StaticSecret, Tunnel, TunnelStream,
     relay::{RelayChannel, RelayConnector, frame},
 };
+use parking_lot::Mutex;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -118,13 +119,13 @@ impl Hub {
 
     /// Breaks every connection; whoever connects again is served again.
     pub(crate) fn cut(&self) {
-        for (_, client) in self.clients.lock().expect("no client panicked").drain() {
+        for (_, client) in self.clients.lock().drain() {
             client.cut.cancel();
         }
     }
 
     fn find(&self, key: &[u8; 32]) -> Option<Client> {
-        self.clients.lock().expect("no client panicked").get(key).cloned()
+        self.clients.lock().get(key).cloned()
     }
 }
 
@@ -134,7 +135,7 @@ impl RelayConnector for HubConnector {
         let (frames, queue) = mpsc::channel(16);
         let cut = CancellationToken::new();
         let me = Client { frames, cut: cut.clone() };
-        self.hub.clients.lock().expect("no client panicked").insert(self.key, me.clone());
+        self.hub.clients.lock().insert(self.key, me.clone());
         let (hub, key) = (self.hub.clone(), self.key);
         let sink = futures_util::sink::unfold((), move |(), message: Bytes| {
             let (hub, me) = (hub.clone(), me.clone());

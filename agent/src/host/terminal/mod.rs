@@ -10,14 +10,12 @@ mod scan;
 mod screen;
 mod state;
 
-use std::{
-    io,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::io;
 
 use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
 use loom_api::attach::{AttachQuery, ClientControl};
+use parking_lot::{Mutex, MutexGuard};
 use rustix::process::{Pid, Signal};
 use tokio::{
     net::UnixStream,
@@ -265,7 +263,7 @@ impl Terminal {
     }
 
     fn lock(&self) -> MutexGuard<'_, TerminalState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

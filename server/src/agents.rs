@@ -5,10 +5,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -17,6 +14,7 @@ use loom_api::{
     agent::{AgentStatus, Grant, ServerMessage},
     weaver::AgentInfo,
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -55,8 +53,8 @@ struct Link {
 }
 
 impl Hub {
-    fn links(&self) -> std::sync::MutexGuard<'_, HashMap<WeaverId, Link>> {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    fn links(&self) -> MutexGuard<'_, HashMap<WeaverId, Link>> {
+        self.links.lock()
     }
 
     fn next_serial(&self) -> u64 {

@@ -1,11 +1,9 @@
 //! What happens to weavers: rows, and a bell for those who wait for more.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use loom_api::WeaverId;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::{metrics::Metrics, store::Store, weaver::Event};
@@ -39,7 +37,7 @@ impl Events {
         // Escaped: some of it is said by agents, and by servers that they talk to.
         tracing::info!(%weaver, ?kind, "{}", message.escape_debug());
         self.metrics.stage(weaver, *kind);
-        let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bells = self.bells.lock();
         if bells.get(&weaver).is_some_and(|bell| bell.send(()).is_err()) {
             bells.remove(&weaver);
         }
@@ -47,7 +45,7 @@ impl Events {
 
     /// Changes at every event of a weaver.
     pub fn subscribe(&self, weaver: WeaverId) -> watch::Receiver<()> {
-        let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bells = self.bells.lock();
         bells.retain(|_, bell| !bell.is_closed());
         bells.entry(weaver).or_insert_with(|| watch::Sender::new(())).subscribe()
     }

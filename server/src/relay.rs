@@ -7,7 +7,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError, RwLock,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -15,6 +15,7 @@ use std::{
 use bytes::Bytes;
 use jiff::Timestamp;
 use loom_api::WireGuardKey;
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockWriteGuard};
 use tokio::sync::Notify;
 
 /// What may wait for one receiver, in bytes; the oldest is dropped beyond that. A relay that holds more only adds
@@ -61,7 +62,7 @@ impl Relay {
     /// Forgets a key: it may talk to nobody, and its connection ends.
     pub fn remove(&self, key: WireGuardKey) {
         self.peers_mut().remove_all(key);
-        let connection = self.connections.write().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        let connection = self.connections.write().remove(&key);
         if let Some(connection) = connection {
             connection.close();
         }
@@ -85,25 +86,24 @@ impl Relay {
         self.remove(before);
     }
 
-    fn peers_mut(&self) -> std::sync::RwLockWriteGuard<'_, Peers> {
-        self.peers.write().unwrap_or_else(PoisonError::into_inner)
+    fn peers_mut(&self) -> RwLockWriteGuard<'_, Peers> {
+        self.peers.write()
     }
 
     pub fn may_talk(&self, from: &WireGuardKey, to: &WireGuardKey) -> bool {
-        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let peers = self.peers.read();
         peers.until(from, to).is_some_and(|until| Timestamp::now() < until)
     }
 
     pub fn connection(&self, key: &WireGuardKey) -> Option<Arc<Connection>> {
-        self.connections.read().unwrap_or_else(PoisonError::into_inner).get(key).cloned()
+        self.connections.read().get(key).cloned()
     }
 
     /// Takes a place; an older connection of the same key ends.
     pub fn connect(&self, key: WireGuardKey) -> Arc<Connection> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let connection = Arc::new(Connection { serial, queue: Mutex::default(), ready: Notify::new() });
-        let older =
-            self.connections.write().unwrap_or_else(PoisonError::into_inner).insert(key, Arc::clone(&connection));
+        let older = self.connections.write().insert(key, Arc::clone(&connection));
         if let Some(older) = older {
             older.close();
         }
@@ -111,7 +111,7 @@ impl Relay {
     }
 
     pub fn disconnect(&self, key: &WireGuardKey, connection: &Connection) {
-        let mut connections = self.connections.write().unwrap_or_else(PoisonError::into_inner);
+        let mut connections = self.connections.write();
         if connections.get(key).is_some_and(|now| now.serial == connection.serial) {
             connections.remove(key);
         }
@@ -151,8 +151,8 @@ impl Peers {
 }
 
 impl Connection {
-    fn queue(&self) -> std::sync::MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock()
     }
 
     /// Queues a message; the oldest give way.

@@ -1,16 +1,13 @@
 //! Byte streams that agents dial back: the server asks over the control link, the agent opens one WebSocket for each.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use axum::extract::ws::WebSocket;
 use loom_api::{
     WeaverId,
     agent::{ServerMessage, StreamKind},
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
@@ -59,8 +56,8 @@ impl Streams {
         Self { agents, pending: Mutex::default() }
     }
 
-    fn pending(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, Pending>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pending(&self) -> MutexGuard<'_, HashMap<Uuid, Pending>> {
+        self.pending.lock()
     }
 
     /// Asks a weaver's agent for a stream, and waits for it.

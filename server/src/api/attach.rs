@@ -4,12 +4,7 @@
 //! translated here ([`Plain`]). Each direction waits for its receiver before it reads on, so nothing piles up. A client
 //! that vanishes without a word is noticed because it answers no ping; then its size no longer counts for the others.
 
-use std::{
-    future::poll_fn,
-    sync::{Mutex, PoisonError},
-    task::Poll,
-    time::Duration,
-};
+use std::{future::poll_fn, task::Poll, time::Duration};
 
 use axum::{
     extract::{
@@ -25,6 +20,7 @@ use loom_api::{
     agent::StreamKind,
     attach::{AttachQuery, ClientControl, MAX_FRAME, SUBPROTOCOL, ServerControl},
 };
+use parking_lot::Mutex;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use super::{
@@ -93,11 +89,11 @@ impl LastHeard {
     }
 
     fn get(&self) -> Instant {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.lock()
     }
 
     fn update(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self.0.lock() = Instant::now();
     }
 }
 

@@ -6,7 +6,6 @@
 
 use std::{
     net::IpAddr,
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -22,6 +21,7 @@ use loom_api::{
     ErrorCode, Secret,
     login::{DeviceLogin, NewToken, PollDeviceLogin, StartDeviceLogin, TokenKind},
 };
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::Body;
@@ -66,7 +66,7 @@ impl Default for DeviceLimits {
 }
 
 fn take(limit: &Mutex<RateLimit>, address: IpAddr) -> Result<(), Duration> {
-    limit.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now(), address)
+    limit.lock().take(Instant::now(), address)
 }
 
 /// Begins a login.
@@ -176,7 +176,7 @@ pub async fn submit(
             }
             let (right, response) = ask(&app, &code, &token).await?;
             if right {
-                failures.lock().unwrap_or_else(PoisonError::into_inner).give_back(address.network());
+                failures.lock().give_back(address.network());
             }
             Ok(response)
         }

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     pin::pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -20,6 +20,7 @@ use axum::{
 };
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -226,6 +227,6 @@ impl Exchange {
     }
 
     fn newcomer(&self) -> MutexGuard<'_, Option<Place>> {
-        self.newcomer.lock().unwrap_or_else(PoisonError::into_inner)
+        self.newcomer.lock()
     }
 }

@@ -3,12 +3,13 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
+use parking_lot::Mutex;
 use rustls::{
     ServerConfig,
     crypto::ring,
@@ -100,7 +101,7 @@ impl Files {
     }
 
     fn current(&self, now: Instant) -> Arc<CertifiedKey> {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.current.lock();
         if now.duration_since(current.looked) >= LOOK {
             current.looked = now;
             let modified = [&self.certificate, &self.key].map(|path| modified(path));

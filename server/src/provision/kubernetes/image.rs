@@ -3,16 +3,13 @@
 //! The host is PID 1 in the user's container, so Kubernetes does not start the image's own program; the agent does, and
 //! has to be told which. The pod is then pinned to the digest that this was read from.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use anyhow::{Context as _, Result};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::time::timeout;
 
@@ -89,11 +86,11 @@ impl Images {
             None => reading.digest(reference.tag()).await?,
         };
         let pinned = reference.pinned(&digest);
-        if let Some(command) = self.commands.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned() {
+        if let Some(command) = self.commands.lock().get(&digest).cloned() {
             return Ok(ResolvedImage { pinned, command });
         }
         let command = reading.command(&digest).await?;
-        let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut commands = self.commands.lock();
         if commands.len() >= REMEMBERED {
             commands.clear();
         }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -14,6 +14,7 @@ use kube::{
     runtime::{WatchStreamExt as _, utils::Backoff, watcher},
 };
 use loom_api::WeaverId;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{mpsc, watch};
 
 use super::{observation, pod};
@@ -106,7 +107,7 @@ impl Seen {
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock()
     }
 
     /// Takes in what is now known of a pod; the weaver, when it changes something for the reconciler.

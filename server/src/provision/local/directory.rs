@@ -13,11 +13,11 @@ use std::{
         DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown, fchown, lchown,
     },
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use loom_api::{Secret, WeaverId};
+use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use super::LocalSpec;
@@ -81,7 +81,7 @@ impl Directories {
         let (directory, unfinished) = (self.path(weaver), self.unfinished(weaver));
         remove_tree(&directory)?;
         remove_tree(&unfinished)?;
-        let mut last_uid = self.last_uid.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last_uid = self.last_uid.lock();
         let uid = self.free_uid(&mut last_uid)?;
         make_directory(&unfinished, 0o700)?;
         for (name, mode) in GIVEN_AWAY {

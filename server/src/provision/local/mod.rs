@@ -29,13 +29,14 @@ use std::{
     io::{ErrorKind, Read as _},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use async_trait::async_trait;
 use loom_api::{Secret, WeaverId};
+use parking_lot::Mutex;
 use rustix::{
     fs::{FlockOperation, flock},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
@@ -157,7 +158,7 @@ impl Local {
 
     /// Watches a supervisor that lives, unless it is watched already.
     fn watch(&self, weaver: WeaverId) -> Result<()> {
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut watched = self.watched.lock();
         if watched.get(&weaver).is_some_and(|task| !task.is_finished()) {
             return Ok(());
         }
@@ -209,7 +210,7 @@ impl Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
-        for (_, task) in self.watched.lock().unwrap_or_else(PoisonError::into_inner).drain() {
+        for (_, task) in self.watched.lock().drain() {
             task.abort();
         }
     }
@@ -265,19 +266,19 @@ impl Provisioner for Local {
     async fn remove(&self, weaver: WeaverId) -> Result<bool, ProvisionError> {
         let directory = self.directories.path(weaver);
         self.end_supervisor(&directory).await?;
-        if let Some(task) = self.watched.lock().unwrap_or_else(PoisonError::into_inner).remove(&weaver) {
+        if let Some(task) = self.watched.lock().remove(&weaver) {
             task.abort();
         }
         let directories = Arc::clone(&self.directories);
         let removed = tokio::task::spawn_blocking(move || directories.remove(weaver)).await;
         removed.context("removing a directory")??;
-        self.phases.lock().unwrap_or_else(PoisonError::into_inner).remove(&weaver);
+        self.phases.lock().remove(&weaver);
         Ok(true)
     }
 
     async fn observe(&self, weaver: WeaverId) -> Result<Option<PodObservation>, ProvisionError> {
         let seen = self.look(weaver)?;
-        let mut phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut phases = self.phases.lock();
         match &seen {
             Some(seen) => phases.insert(weaver, seen.phase),
             None => phases.remove(&weaver),
@@ -286,7 +287,7 @@ impl Provisioner for Local {
     }
 
     fn pod(&self, weaver: WeaverId) -> Option<PodInfo> {
-        let mut phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut phases = self.phases.lock();
         let phase = phases.get_mut(&weaver)?;
         // Nobody tells that the processes have been started. Their end is told, and then the reconciler looks.
         if *phase == PodPhase::Pending {

@@ -1,7 +1,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Instant,
@@ -13,6 +13,7 @@ use axum::{
     extract::Request,
     http::{Response, header},
 };
+use parking_lot::Mutex;
 use tokio::{net::TcpListener, task::JoinSet};
 
 use super::*;
@@ -118,7 +119,7 @@ async fn an_image_is_read_with_a_token_through_an_index_and_a_redirect() {
     let storage_authorization = Arc::new(Mutex::new(None));
     let seen = Arc::clone(&storage_authorization);
     let storage = Server::start(move |request| {
-        *seen.lock().unwrap() = Some(request.headers().contains_key(AUTHORIZATION));
+        *seen.lock() = Some(request.headers().contains_key(AUTHORIZATION));
         response(200, &[], config)
     })
     .await;
@@ -152,7 +153,7 @@ async fn an_image_is_read_with_a_token_through_an_index_and_a_redirect() {
     let mut reading = registry.open(&server.image(), Some(credentials)).unwrap();
     assert_eq!(reading.digest("1").await.unwrap(), index_digest);
     assert_eq!(reading.command(&index_digest).await.unwrap(), ["/app", "--serve"]);
-    assert_eq!(*storage_authorization.lock().unwrap(), Some(false), "the token is the registry's alone");
+    assert_eq!(*storage_authorization.lock(), Some(false), "the token is the registry's alone");
     assert_eq!(reading.digest("2").await, Err(RegistryError::NoSuchImage));
 }
 

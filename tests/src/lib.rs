@@ -16,6 +16,7 @@ pub mod git;
 pub mod namespace;
 pub mod postgres;
 pub mod processes;
+pub mod strangers;
 pub mod system;
 pub mod terminal;
 pub mod tools;

@@ -4,8 +4,8 @@
 //! The attacks come from loopback addresses of their own, because limits are per address.
 
 use std::{
-    io::{ErrorKind, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     process::{Child, Command, Stdio},
     sync::Arc,
     thread,
@@ -16,10 +16,10 @@ use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
     System, Weaver, api, eventually,
     processes::{self, memory},
+    strangers::{Stranger, attack, is_closed},
     system::{PATIENCE, free_port},
 };
 use parking_lot::Mutex;
-use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 /// How long each attack goes on: longer than any deadline for what it does not send.
 const ATTACK: Duration = Duration::from_secs(15);
@@ -34,30 +34,14 @@ const CLOSED: Duration = Duration::from_secs(40);
 #[test]
 fn half_heads_disturb_nobody() -> Result<()> {
     let (system, weaver) = system_with_weaver(System::start()?)?;
-    withstands(&system, &weaver, |stranger| {
-        let mut stream = stranger.connect()?;
-        stream.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\nX-Long: ")?;
-        stream.write_all(&[b'a'; 8 << 10])?;
-        Ok(stream)
-    })?;
+    withstands(&system, &weaver, Stranger::send_half_a_head)?;
     system.stop()
 }
 
 #[test]
 fn unfinished_bodies_disturb_nobody() -> Result<()> {
     let (system, weaver) = system_with_weaver(System::start()?)?;
-    withstands(&system, &weaver, |stranger| {
-        let mut stream = stranger.connect()?;
-        stream.write_all(
-            b"POST /api/login/device HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n\
-              Content-Length: 1048576\r\n\r\n{\"client_name\": \"",
-        )?;
-        // Some send almost all of it, others stop before the server has had enough.
-        let length = if stranger.number.is_multiple_of(2) { 1 << 20 } else { 2 << 10 };
-        // One who is answered before may be cut off.
-        let _ = stream.write_all(&vec![b'a'; length - 100]);
-        Ok(stream)
-    })?;
+    withstands(&system, &weaver, Stranger::send_an_unfinished_body)?;
     system.stop()
 }
 
@@ -148,26 +132,6 @@ fn a_trusted_proxy_says_whose_its_connections_are() -> Result<()> {
     system.stop()
 }
 
-/// A stranger's machine.
-struct Stranger {
-    server: SocketAddr,
-    address: Ipv4Addr,
-    /// Which one it is.
-    number: usize,
-}
-
-impl Stranger {
-    fn connect(&self) -> Result<TcpStream> {
-        let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
-        bind(&socket, &SocketAddr::new(IpAddr::V4(self.address), 0))?;
-        connect(&socket, &self.server)?;
-        let stream = TcpStream::from(socket);
-        stream.set_write_timeout(Some(Duration::from_secs(1)))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        Ok(stream)
-    }
-}
-
 fn system_with_weaver(system: System) -> Result<(System, Weaver)> {
     let weaver = system.new_weaver(&[])?;
     system.run(&["ssh", &weaver.id, "--", "true"])?;
@@ -179,49 +143,28 @@ fn server_of(system: &System) -> Result<SocketAddr> {
     Ok(url.split_once("://").context("a URL")?.1.parse()?)
 }
 
-/// Attacks the server with 36 connections a second, each from another address and left as `open` leaves it, and with
-/// 500 at once from one address. Meanwhile an honest user works.
-fn withstands(
-    system: &System,
-    weaver: &Weaver,
-    open: impl Fn(&Stranger) -> Result<TcpStream> + Send + Sync,
-) -> Result<()> {
-    let (server, pid) = (server_of(system)?, system.server_pid().context("a server")?);
+/// Attacks the server, while an honest user works.
+fn withstands(system: &System, weaver: &Weaver, open: impl Fn(&Stranger) -> Result<TcpStream> + Sync) -> Result<()> {
+    let pid = system.server_pid().context("a server")?;
     let resident = || memory(pid).map(|memory| memory.resident).context("the server has gone");
-    let (before, start) = (resident()?, Instant::now());
-    let open = |address, number| open(&Stranger { server, address, number });
+    let before = resident()?;
     let (mut slowest, mut most) = (Duration::ZERO, before);
-    let streams = thread::scope(|scope| -> Result<Vec<TcpStream>> {
-        let flood = scope.spawn(|| (0..500).flat_map(|number| open(Ipv4Addr::new(127, 0, 0, 66), number)).collect());
-        let many = scope.spawn(|| {
-            let mut streams = Vec::new();
-            for number in 0..36 * usize::try_from(ATTACK.as_secs()).unwrap_or(0) {
-                let bytes = u16::try_from(number + 1).unwrap_or(u16::MAX).to_be_bytes();
-                streams.extend(open(Ipv4Addr::new(127, 1, bytes[0], bytes[1]), number));
-                let next = start + Duration::from_millis(1000) * u32::try_from(number).unwrap_or(0) / 36;
-                thread::sleep(next.saturating_duration_since(Instant::now()));
-            }
-            streams
-        });
-        while start.elapsed() < ATTACK {
-            let mut timed = |what: &str, act: &dyn Fn() -> Result<()>| -> Result<()> {
-                let start = Instant::now();
-                act().with_context(|| format!("{what} during the attack"))?;
-                slowest = slowest.max(start.elapsed());
-                Ok(())
-            };
-            timed("loom ps", &|| system.run(&["ps"]).map(drop))?;
-            timed("loom ssh", &|| system.run(&["ssh", &weaver.id, "--", "true"]).map(drop))?;
-            timed("the probe", &|| {
-                let answer = system.request(None, "GET", "/readyz", None)?;
-                ensure!(answer.status == 200, "{answer:?}");
-                Ok(())
-            })?;
-            most = most.max(resident()?);
-        }
-        let mut streams: Vec<TcpStream> = flood.join().unwrap_or_default();
-        streams.extend(many.join().unwrap_or_default());
-        Ok(streams)
+    let streams = attack(server_of(system)?, ATTACK, open, || {
+        let mut timed = |what: &str, act: &dyn Fn() -> Result<()>| -> Result<()> {
+            let start = Instant::now();
+            act().with_context(|| format!("{what} during the attack"))?;
+            slowest = slowest.max(start.elapsed());
+            Ok(())
+        };
+        timed("loom ps", &|| system.run(&["ps"]).map(drop))?;
+        timed("loom ssh", &|| system.run(&["ssh", &weaver.id, "--", "true"]).map(drop))?;
+        timed("the probe", &|| {
+            let answer = system.request(None, "GET", "/readyz", None)?;
+            ensure!(answer.status == 200, "{answer:?}");
+            Ok(())
+        })?;
+        most = most.max(resident()?);
+        Ok(())
     })?;
     most = most.max(resident()?);
     eprintln!("slowest {slowest:?}, memory from {} to {} MiB, {} connections", before >> 20, most >> 20, streams.len());
@@ -230,21 +173,6 @@ fn withstands(
     ensure!(slowest < PROMPT, "something took {slowest:?}");
     ensure!(most < before + GROWTH, "the server grew from {} to {} MiB", before >> 20, most >> 20);
     Ok(())
-}
-
-/// Whether the server has closed a connection, whatever it said before.
-fn is_closed(mut stream: &TcpStream) -> bool {
-    if stream.set_nonblocking(true).is_err() {
-        return true;
-    }
-    let mut answer = [0; 1024];
-    loop {
-        match stream.read(&mut answer) {
-            Ok(0) => return true,
-            Ok(_) => {}
-            Err(error) => return error.kind() != ErrorKind::WouldBlock,
-        }
-    }
 }
 
 fn probe(server: SocketAddr, path: &str) -> Result<String> {

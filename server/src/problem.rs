@@ -7,13 +7,7 @@ use axum::{
 };
 use loom_api::{ApiError, ErrorBody, ErrorCode};
 
-use crate::{
-    admission::AdmissionError,
-    agents::AgentError,
-    store::{KeyError, Store},
-    streams::StreamError,
-    weaver::Weaver,
-};
+use crate::{admission::AdmissionError, agents::AgentError, store::KeyError, streams::StreamError, weaver::Weaver};
 
 /// Why a request was not served: an [`ApiError`] for the caller. Faults of the server's own are logged where they turn
 /// into one, and shown without their insides.
@@ -34,15 +28,6 @@ impl Problem {
     #[must_use]
     pub fn hint(self, hint: impl Into<String>) -> Self {
         Self(self.0.hint(hint))
-    }
-
-    /// That the server cannot take on anything new, if it cannot.
-    pub fn unless_there_is_space(store: &Store) -> Answer<()> {
-        if store.is_low_on_space() {
-            return Err(Self::new(ErrorCode::Unavailable, "the server's disk is full")
-                .hint("weavers can still be deleted; tell the server's operator"));
-        }
-        Ok(())
     }
 
     /// That a weaver has ended, and why.

@@ -18,24 +18,6 @@ use loom_api::{
 
 use crate::provision::ResolvedImage;
 
-/// A weaver that is to be made.
-#[derive(Debug)]
-pub struct NewWeaver {
-    pub id: WeaverId,
-    pub name: Option<String>,
-    pub org_id: OrgId,
-    pub owner_id: UserId,
-    pub image: String,
-    pub repo: Option<String>,
-    pub branch: Option<String>,
-    pub command: Option<Vec<String>>,
-    /// The environment, encrypted with [`crate::secrets::Secrets::seal`].
-    pub sealed_env: Vec<u8>,
-    pub resources: ResourceSpec,
-    pub created_at: Timestamp,
-    pub expires_at: Timestamp,
-}
-
 /// A weaver as the database has it. The environment and the last output are kept apart: lists do not read them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Weaver {
@@ -57,6 +39,14 @@ pub struct Weaver {
     pub address: Ipv6Addr,
     /// The agent that registered last.
     pub agent: Option<Agent>,
+}
+
+/// A weaver that is to be made.
+#[derive(Debug)]
+pub struct NewWeaver {
+    pub weaver: Weaver,
+    /// The environment, encrypted with [`crate::secrets::Secrets::seal`].
+    pub sealed_env: Vec<u8>,
 }
 
 /// How far a weaver is.

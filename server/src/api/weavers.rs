@@ -23,7 +23,7 @@ use crate::{
     state::AppState,
     store::{Added, Idempotency, Limit, Limits, MAX_FITTING, Page, Transition},
     streams::StreamError,
-    weaver::{Event, NewWeaver, NotExtended, Weaver},
+    weaver::{Event, Life, NewWeaver, NotExtended, Weaver},
 };
 
 /// The fewest characters of a UUID that may stand for it.
@@ -49,12 +49,11 @@ pub async fn create(
     headers: HeaderMap,
     Body(request): Body<CreateWeaver>,
 ) -> Answer<(StatusCode, Json<shown::Weaver>)> {
-    Problem::unless_there_is_space(&app.store)?;
     let key = idempotency_key(&headers)?;
     let body_hash = hash(&serde_json::to_string(&request).map_err(anyhow::Error::from)?);
     let idempotency = key.map(|key| Idempotency { key, body_hash: &body_hash });
     let new = plan(&app, &caller, request)?;
-    let created = Event::new(EventKind::Created, format!("{} made it from {}", caller.user.name, new.image));
+    let created = Event::new(EventKind::Created, format!("{} made it from {}", caller.user.name, new.weaver.image));
     let limits = Limits { of_organisation: app.config.max_weavers, of_user: app.config.max_weavers_per_user };
     match app.store.add_weaver(&new, idempotency, limits, &created).await? {
         Added::New(weaver) => {
@@ -71,9 +70,11 @@ pub async fn create(
         }
         Added::NameTaken => Err(Problem::new(
             ErrorCode::NameTaken,
-            format!("there is a weaver named {} already", new.name.unwrap_or_default()),
+            format!("there is a weaver named {} already", new.weaver.name.unwrap_or_default()),
         )
         .hint("choose another --name, or delete the other weaver")),
+        Added::DiskFull => Err(Problem::new(ErrorCode::Unavailable, "the server's disk is full")
+            .hint("weavers can still be deleted; tell the server's operator")),
         Added::TooMany(limit) => {
             let message = match limit {
                 Limit::Organisation => {
@@ -120,7 +121,7 @@ fn plan(app: &AppState, caller: &UserCaller, request: CreateWeaver) -> Answer<Ne
     })?;
     let id = WeaverId::generate();
     let created_at = Timestamp::now();
-    Ok(NewWeaver {
+    let weaver = Weaver {
         id,
         name: request.name,
         org_id,
@@ -129,11 +130,15 @@ fn plan(app: &AppState, caller: &UserCaller, request: CreateWeaver) -> Answer<Ne
         repo: request.repo,
         branch: request.branch,
         command: request.command,
-        sealed_env: app.secrets.seal(&id.to_string(), &env),
+        resolved: None,
         resources,
         created_at,
         expires_at: created_at + lifetime(request.lifetime_hours.unwrap_or(DEFAULT_LIFETIME_HOURS))?,
-    })
+        life: Life::Pending { waits_for: None },
+        address: app.store.weaver_address(id),
+        agent: None,
+    };
+    Ok(NewWeaver { weaver, sealed_env: app.secrets.seal(&id.to_string(), &env) })
 }
 
 /// The organisation that is meant: the one named, or the caller's personal one.

@@ -3,10 +3,12 @@
 //! SQLite has one writer at a time, so this process has one connection that writes, and the others only read. Writers
 //! queue for it here instead of colliding in the file.
 //!
-//! [`identity`] holds users and organisations; [`device_logins`] logins that wait for approval; [`tokens`] their tokens; [`weavers`] the weavers with their events;
-//! [`tunnels`] devices, addresses and grants. Methods are on [`Store`], which is cheap to clone.
+//! [`identity`] holds users and organisations; [`device_logins`] logins that wait for approval; [`tokens`] their
+//! tokens; [`weavers`] the weavers and [`events`] what happened to them; [`tunnels`] devices, addresses and grants.
+//! Methods are on [`Store`], which is cheap to clone.
 
 mod device_logins;
+mod events;
 mod identity;
 mod rights;
 mod space;

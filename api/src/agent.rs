@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::{Secret, WeaverId, WireGuardKey, attach::AttachQuery, weaver::EventKind};
+use crate::{KeyProof, Secret, WeaverId, WireGuardKey, attach::AttachQuery, weaver::EventKind};
 
 /// The largest control message either side accepts, in bytes.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -37,6 +37,8 @@ pub struct Register {
     pub protocol: u32,
     /// Its WireGuard public key, made in memory at start.
     pub wireguard_key: WireGuardKey,
+    /// That it holds the private half.
+    pub proof: KeyProof,
     /// Its SSH host key, made in memory at start, as a public key line (`ssh-ed25519 AAAA…`).
     pub ssh_host_key: String,
 }

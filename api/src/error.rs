@@ -18,6 +18,9 @@ pub enum ErrorCode {
     Unauthorized,
     /// The token is good, and may not do this.
     Forbidden,
+    /// The WireGuard key is new to the server, and the request does not prove that its sender holds it: answer a
+    /// challenge (`GET /api/wireguard/challenge`).
+    KeyNotProven,
     /// No weaver of that id or name in the caller's organisations.
     WeaverNotFound,
     /// The prefix or name fits several weavers.
@@ -78,7 +81,7 @@ impl ErrorCode {
             | Self::ExpiredToken
             | Self::AccessDenied => 400,
             Self::Unauthorized => 401,
-            Self::Forbidden => 403,
+            Self::Forbidden | Self::KeyNotProven => 403,
             Self::WeaverNotFound | Self::NotFound => 404,
             Self::WeaverAmbiguous | Self::NameTaken | Self::IdempotencyConflict | Self::WeaverNotReady => 409,
             Self::WeaverGone => 410,

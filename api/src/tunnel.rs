@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{Secret, WeaverId, WireGuardKey};
+use crate::{KeyProof, Secret, WeaverId, WireGuardKey};
 
 /// The TCP port of the agent's SSH server, on the weaver's tunnel address.
 pub const SSH_PORT: u16 = 22;
@@ -20,8 +20,11 @@ pub const PORTS_PORT: u16 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OpenTunnel {
-    /// The device's WireGuard public key. It belongs to the first user who names it.
+    /// The device's WireGuard public key. It belongs to the first user who proves to hold it.
     pub public_key: WireGuardKey,
+    /// Needed when the server does not know the key as the user's yet; [`crate::ErrorCode::KeyNotProven`] asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<KeyProof>,
     /// UDP addresses where the device can perhaps be reached.
     #[serde(default)]
     #[schema(value_type = Vec<String>)]

@@ -4,12 +4,14 @@
 //! operation here changes all three, by that one entry, and one at a time: nothing that was read before a revocation
 //! can bring a revoked key back after it. An agent that cannot be told now is told with its next welcome.
 
-use std::{net::Ipv6Addr, net::SocketAddr, sync::Arc};
+use std::{net::Ipv6Addr, sync::Arc};
 
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{
-    Secret, UserId, WeaverId, WireGuardKey,
+    KeyProof, Secret, UserId, WeaverId, WireGuardKey,
     agent::{Grant, ServerMessage},
+    login::User,
+    tunnel::OpenTunnel,
 };
 use tokio::sync::Mutex;
 
@@ -63,19 +65,20 @@ impl Admission {
         Ok(Self { store, agents, relay, secrets, one_at_a_time: Mutex::default() })
     }
 
-    /// Admits a user's device, and waits until the weaver's agent has admitted it. The same again renews it.
+    /// Admits a user's device, and waits until the weaver's agent has admitted it. The same again renews it, then also
+    /// without a proof that the user holds the key.
     pub async fn admit(
         &self,
-        user: UserId,
-        user_name: &str,
-        weaver: WeaverId,
-        device: WireGuardKey,
-        candidates: Vec<SocketAddr>,
+        user: &User,
         token: i64,
+        weaver: WeaverId,
+        request: OpenTunnel,
     ) -> Result<Admitted, AdmissionError> {
+        let OpenTunnel { public_key: device, proof, candidates } = request;
+        let proven = proof.is_some_and(|proof| self.secrets.is_proven(&device, &proof, Timestamp::now()));
         let (weaver, agent, device_address) = {
             let _turn = self.one_at_a_time.lock().await;
-            let (mut weaver, address) = self.store.admit(user, weaver, device, &candidates, token).await?;
+            let (mut weaver, address) = self.store.admit(user.id, weaver, device, proven, &candidates, token).await?;
             let Some(agent) = weaver.agent.take() else {
                 return Err(KeyError::NotReachable(Some(Box::new(weaver))).into());
             };
@@ -88,7 +91,7 @@ impl Admission {
             address: device_address,
             candidates,
             expires_at: weaver.expires_at,
-            user: user_name.to_owned(),
+            user: user.name.clone(),
         };
         let grant = self.complete(&agent.wireguard_key, live);
         let preshared_key = grant.preshared_key.clone();
@@ -180,7 +183,16 @@ impl Admission {
     }
 
     /// Records an agent that has proved itself. One that comes back with another key takes its grants along.
-    pub async fn register(&self, weaver: WeaverId, version: &str, key: WireGuardKey) -> Result<Weaver, KeyError> {
+    pub async fn register(
+        &self,
+        weaver: WeaverId,
+        version: &str,
+        key: WireGuardKey,
+        proof: &KeyProof,
+    ) -> Result<Weaver, KeyError> {
+        if !self.secrets.is_proven(&key, proof, Timestamp::now()) {
+            return Err(KeyError::Unproven);
+        }
         let _turn = self.one_at_a_time.lock().await;
         let (weaver, before) = self.store.register_agent(weaver, version, key).await?;
         if let Some(before) = before {

@@ -67,6 +67,8 @@ impl From<KeyError> for Problem {
     fn from(error: KeyError) -> Self {
         match error {
             KeyError::Taken => Self::new(ErrorCode::Forbidden, error.to_string()),
+            KeyError::Unproven => Self::new(ErrorCode::KeyNotProven, error.to_string())
+                .hint("answer the challenge of GET /api/wireguard/challenge"),
             KeyError::NotEntitled => Self::new(ErrorCode::Unauthorized, error.to_string()).hint("log in: loom login"),
             KeyError::TooManyDevices | KeyError::TooManyGrants => {
                 Self::new(ErrorCode::TooManyWeavers, error.to_string()).hint("those that are not used are forgotten")

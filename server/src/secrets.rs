@@ -13,8 +13,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD, engine::general_purpose::URL_SAFE_NO_PAD};
-use jiff::Timestamp;
-use loom_api::{Secret, WeaverId, WireGuardKey};
+use jiff::{SignedDuration, Timestamp};
+use loom_api::{KeyChallenge, KeyProof, Secret, WeaverId, WireGuardKey};
+use loom_tunnel::{PublicKey as X25519PublicKey, StaticSecret};
 use ring::{
     aead::{self, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey},
     digest, hkdf,
@@ -34,10 +35,17 @@ use crate::durable;
 /// Before a host certificate is valid, and after the weaver's end that it stays so: clocks differ.
 const CERTIFICATE_SLACK: Duration = Duration::from_secs(3600);
 
+/// How long the challenge of a WireGuard key may be answered.
+const CHALLENGE_LIFETIME: SignedDuration = SignedDuration::from_mins(1);
+/// What the nonces of such challenges are sealed for.
+const CHALLENGE: &str = "wireguard key challenge v1";
+
 /// Derives the server's keys.
 pub struct Secrets {
     root: hkdf::Prk,
     ssh_authority: PrivateKey,
+    /// What holders of WireGuard keys prove themselves to.
+    challenger: StaticSecret,
 }
 
 impl Secrets {
@@ -67,7 +75,8 @@ impl Secrets {
         let seed = expand(&root, &[b"ssh host authority v1"]);
         let ssh_authority = PrivateKey::new(KeypairData::from(Ed25519Keypair::from_seed(&seed)), "loom host authority")
             .context("the SSH authority's key")?;
-        Ok(Self { root, ssh_authority })
+        let challenger = StaticSecret::from(*expand(&root, &[b"wireguard key possession v1"]));
+        Ok(Self { root, ssh_authority, challenger })
     }
 
     /// The SSH host authority's public key, as a public key line.
@@ -104,6 +113,27 @@ impl Secrets {
     pub fn preshared_key(&self, agent: &WireGuardKey, device: &WireGuardKey) -> Secret {
         let key = expand(&self.root, &[b"wireguard preshared key v1", agent.as_bytes(), device.as_bytes()]);
         Secret::from(STANDARD.encode(*key))
+    }
+
+    /// A challenge to the holder of a WireGuard key. Nothing is kept of it: the nonce is the time, sealed.
+    #[must_use]
+    pub fn challenge(&self, now: Timestamp) -> KeyChallenge {
+        KeyChallenge {
+            public_key: WireGuardKey(X25519PublicKey::from(&self.challenger).to_bytes()),
+            nonce: STANDARD.encode(self.seal(CHALLENGE, &now.as_millisecond().to_be_bytes())),
+        }
+    }
+
+    /// Whether the sender of `proof` has answered a recent challenge with the private half of `key`.
+    #[must_use]
+    pub fn is_proven(&self, key: &WireGuardKey, proof: &KeyProof, now: Timestamp) -> bool {
+        self.challenged_at(&proof.nonce).is_some_and(|at| now.duration_since(at).abs() <= CHALLENGE_LIFETIME)
+            && proof.proves(key, &self.challenger)
+    }
+
+    fn challenged_at(&self, nonce: &str) -> Option<Timestamp> {
+        let time = self.open(CHALLENGE, &STANDARD.decode(nonce).ok()?).ok()?;
+        Timestamp::from_millisecond(i64::from_be_bytes(time.as_slice().try_into().ok()?)).ok()
     }
 
     /// Encrypts what must not stand in the database in clear; `context` binds it to its row.
@@ -200,6 +230,23 @@ mod tests {
         assert!(again.open("other row", &sealed).is_err());
         assert!(other.open("row", &sealed).is_err());
         assert!(again.open("row", &sealed[..5]).is_err());
+    }
+
+    #[test]
+    fn a_challenge_is_answered_with_the_private_key_and_soon() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let secrets = Secrets::load(&directory.path().join("secret.key")).expect("made");
+        let other = Secrets::load(&directory.path().join("other.key")).expect("made");
+        let private = StaticSecret::from([3; 32]);
+        let key = WireGuardKey(X25519PublicKey::from(&private).to_bytes());
+        let now = Timestamp::now();
+        let proof = secrets.challenge(now).answer(&private);
+        assert!(secrets.is_proven(&key, &proof, now + CHALLENGE_LIFETIME / 2));
+        assert!(!secrets.is_proven(&key, &proof, now + CHALLENGE_LIFETIME * 2), "too late");
+        assert!(!secrets.is_proven(&WireGuardKey([9; 32]), &proof, now), "another key");
+        assert!(!other.is_proven(&key, &proof, now), "another server's challenge");
+        let invented = KeyChallenge { nonce: "AAAA".to_owned(), ..secrets.challenge(now) };
+        assert!(!secrets.is_proven(&key, &invented.answer(&private), now));
     }
 
     #[test]

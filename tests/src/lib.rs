@@ -13,6 +13,7 @@
 pub mod api;
 pub mod cluster;
 pub mod git;
+pub mod keys;
 pub mod namespace;
 pub mod postgres;
 pub mod processes;

@@ -10,9 +10,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde_json::Value;
 
-use crate::{System, Weaver, system::PATIENCE, system::output_with_input, tools, wait::eventually};
+use crate::{System, Weaver, keys::KeyPair, system::PATIENCE, tools, wait::eventually};
 
 /// A running wireguard-go with one peer. Its interface goes with it.
 pub struct WireGuardGo {
@@ -23,17 +24,13 @@ pub struct WireGuardGo {
     pub peer_address: String,
 }
 
-/// An X25519 key pair, raw.
-struct KeyPair {
-    private: Vec<u8>,
-    public: Vec<u8>,
-}
-
 impl WireGuardGo {
     /// Has the server admit a new device to the weaver, and connects it straight to the agent's UDP port.
     pub fn connect(system: &System, weaver: &Weaver) -> Result<Self> {
         let keys = KeyPair::generate()?;
-        let grant = open_tunnel(system, weaver, &encode(&keys.public)?)?;
+        let answer = system.open_tunnel(&system.admin_token()?, weaver, &keys)?;
+        ensure!(answer.status == 200, "opening a tunnel: {answer:?}");
+        let grant = answer.body;
         let text = |name: &str| grant[name].as_str().with_context(|| format!("no {name} in the grant"));
         let endpoint = grant["candidates"]
             .as_array()
@@ -56,9 +53,9 @@ impl WireGuardGo {
         let running = Self { process, interface, peer_address };
 
         let mut settings = String::from("set=1\n");
-        writeln!(settings, "private_key={}", hex(&keys.private))?;
-        writeln!(settings, "public_key={}", hex(&decode(text("peer_key")?)?))?;
-        writeln!(settings, "preshared_key={}", hex(&decode(text("preshared_key")?)?))?;
+        writeln!(settings, "private_key={}", hex(keys.private.as_bytes()))?;
+        writeln!(settings, "public_key={}", hex(&STANDARD.decode(text("peer_key")?)?))?;
+        writeln!(settings, "preshared_key={}", hex(&STANDARD.decode(text("preshared_key")?)?))?;
         writeln!(settings, "endpoint={endpoint}")?;
         writeln!(settings, "allowed_ip={}/128\n", running.peer_address)?;
         running.configure(&settings)?;
@@ -100,45 +97,6 @@ impl Drop for WireGuardGo {
         let _ = self.process.wait();
         let _ = std::fs::remove_file(format!("/var/run/wireguard/{}.sock", self.interface));
     }
-}
-
-impl KeyPair {
-    fn generate() -> Result<Self> {
-        // In DER both halves are the last 32 bytes (RFC 8410).
-        let private = Command::new("openssl").args(["genpkey", "-algorithm", "X25519", "-outform", "DER"]).output()?;
-        let mut public = Command::new("openssl");
-        public.args(["pkey", "-inform", "DER", "-pubout", "-outform", "DER"]);
-        let public = output_with_input(public, &private.stdout)?;
-        let last = |bytes: Vec<u8>| bytes.len().checked_sub(32).map(|start| bytes[start..].to_vec());
-        Ok(Self {
-            private: last(private.stdout).context("openssl made no key")?,
-            public: last(public.stdout).context("openssl made no public key")?,
-        })
-    }
-}
-
-/// `POST /api/weavers/ID/tunnel`, as another program than ours would.
-fn open_tunnel(system: &System, weaver: &Weaver, public_key: &str) -> Result<Value> {
-    let path = format!("/api/weavers/{}/tunnel", weaver.id);
-    let body = json!({"public_key": public_key}).to_string();
-    let answer = system.request(Some(&system.admin_token()?), "POST", &path, Some(&body))?;
-    ensure!(answer.status < 300, "opening a tunnel: {answer:?}");
-    Ok(answer.body)
-}
-
-fn encode(bytes: &[u8]) -> Result<String> {
-    let output = output_with_input(base64(&["-w0"]), bytes)?;
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
-
-fn decode(text: &str) -> Result<Vec<u8>> {
-    Ok(output_with_input(base64(&["-d"]), text.as_bytes())?.stdout)
-}
-
-fn base64(arguments: &[&str]) -> Command {
-    let mut command = Command::new("base64");
-    command.args(arguments);
-    command
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, api::read_until, eventually, system::PATIENCE, terminal::Terminal};
+use loom_tests::{System, api::read_until, eventually, keys::KeyPair, system::PATIENCE, terminal::Terminal};
 use serde_json::{Value, json};
 use tungstenite::Message;
 
@@ -60,18 +60,17 @@ fn another_users_weavers_and_devices_do_not_exist_for_one() -> Result<()> {
     let intruding = json!({"org_id": org}).to_string();
     assert_eq!(system.request(eve, "POST", "/api/weavers", Some(&intruding))?.code(), "forbidden");
 
-    // A key belongs to the first who named it.
-    let key = r#"{"public_key":"AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="}"#;
-    let path = format!("/api/weavers/{}/tunnel", weaver.id);
-    assert_eq!(system.request(Some(&admin), "POST", &path, Some(key))?.status, 200);
-    let relay = "/api/relay?key=AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE";
+    // A key belongs to the first who proved to hold it.
+    let device = KeyPair::generate()?;
+    assert_eq!(system.open_tunnel(&admin, &weaver, &device)?.status, 200);
+    let relay = format!("/api/relay?key={}", device.in_url());
     let upgrade = [
         "Connection: Upgrade",
         "Upgrade: websocket",
         "Sec-WebSocket-Version: 13",
         "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
     ];
-    assert_eq!(system.request_with(eve, "GET", relay, None, &upgrade)?.code(), "forbidden");
+    assert_eq!(system.request_with(eve, "GET", &relay, None, &upgrade)?.code(), "forbidden");
     system.stop()
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use loom_api::{
-    ErrorCode, PROTOCOL_VERSION, Secret, WireGuardKey,
+    ErrorCode, KeyChallenge, PROTOCOL_VERSION, Secret, WireGuardKey,
     agent::{Register, Registered},
     client::{Client, ClientError},
 };
@@ -71,12 +71,14 @@ impl Identity {
         if credential.trim().is_empty() {
             bail!("{} is empty", config.credential_file.display());
         }
+        let challenge: KeyChallenge = config.server.get("/api/wireguard/challenge").await?;
         let request = Register {
             weaver_id: config.weaver,
             credential: Secret::from(credential.trim().to_owned()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: PROTOCOL_VERSION,
             wireguard_key: self.public_key(),
+            proof: challenge.answer(&self.wireguard),
             ssh_host_key: self.ssh.public_key().to_openssh().context("the SSH host key")?,
         };
         Ok(config.server.post("/api/agent/register", &request).await?)

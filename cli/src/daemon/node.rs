@@ -15,7 +15,7 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::STANDARD, engine::general_purpose::URL_SAFE_NO_PAD};
 use loom_api::{
-    ErrorCode, Secret, WeaverId, WireGuardKey,
+    ErrorCode, KeyChallenge, KeyProof, Secret, WeaverId, WireGuardKey,
     client::{Client, ClientError},
     tunnel::{OpenTunnel, PORTS_PORT, TunnelGrant},
 };
@@ -306,11 +306,27 @@ impl Node {
         reference: &str,
         candidates: Vec<SocketAddr>,
     ) -> std::result::Result<TunnelGrant, ClientError> {
-        let request = OpenTunnel { public_key: WireGuardKey(*self.public_key.as_bytes()), candidates };
-        let answer = self.client().post(&format!("/api/weavers/{reference}/tunnel"), &request).await;
+        let (client, path) = (self.client(), format!("/api/weavers/{reference}/tunnel"));
+        let public_key = WireGuardKey(*self.public_key.as_bytes());
+        let mut request = OpenTunnel { public_key, proof: None, candidates };
+        // The server knows the node's key from the first grant on, until the node was not used for long.
+        let known = self.tunnel.initialized();
+        if !known {
+            request.proof = Some(self.prove_key(&client).await?);
+        }
+        let mut answer = client.post(&path, &request).await;
+        if known && answer.as_ref().err().and_then(ClientError::code) == Some(ErrorCode::KeyNotProven) {
+            request.proof = Some(self.prove_key(&client).await?);
+            answer = client.post(&path, &request).await;
+        }
         let refused = answer.as_ref().err().and_then(ClientError::code) == Some(ErrorCode::Forbidden);
         self.foreign.store(refused, Ordering::Relaxed);
         answer
+    }
+
+    async fn prove_key(&self, client: &Client) -> std::result::Result<KeyProof, ClientError> {
+        let challenge: KeyChallenge = client.get("/api/wireguard/challenge").await?;
+        Ok(challenge.answer(&self.private_key))
     }
 
     /// Puts a grant in force.

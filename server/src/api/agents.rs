@@ -75,7 +75,7 @@ pub async fn register(State(app): State<AppState>, Body(request): Body<Register>
         .secrets
         .sign_host_key(weaver, &request.ssh_host_key, row.latest_end())
         .map_err(|error| Problem::new(ErrorCode::InvalidRequest, format!("{error:#}")))?;
-    let row = app.admission.register(weaver, &request.version, request.wireguard_key).await?;
+    let row = app.admission.register(weaver, &request.version, request.wireguard_key, &request.proof).await?;
     let token = app.store.replace_agent_token(weaver).await?;
     Ok(axum::Json(Registered { token, address: row.address, ssh_certificate }))
 }

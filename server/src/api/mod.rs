@@ -84,6 +84,7 @@ fn routes_and_document() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(device::start))
         .routes(routes!(device::poll))
         .routes(routes!(device::page, device::submit))
+        .routes(routes!(tunnels::challenge))
         .layer(DefaultBodyLimit::max(MAX_OPEN_BODY))
         .routes(routes!(login::log_out))
         .routes(routes!(login::me))
@@ -183,7 +184,7 @@ pub(crate) mod tests {
 
     /// Routes that are open to everybody: to log in, to see whether the server is there, and for agents to prove
     /// themselves.
-    const OPEN: [&str; 7] = [
+    const OPEN: [&str; 8] = [
         "/api/version",
         "/livez",
         "/readyz",
@@ -191,6 +192,7 @@ pub(crate) mod tests {
         "/api/login/token",
         "/login/device",
         "/api/agent/register",
+        "/api/wireguard/challenge",
     ];
 
     #[test]

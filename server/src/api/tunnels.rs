@@ -6,8 +6,9 @@ use axum::{
     http::StatusCode,
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use jiff::Timestamp;
 use loom_api::{
-    ErrorCode, WireGuardKey,
+    ErrorCode, KeyChallenge, WireGuardKey,
     tunnel::{OpenTunnel, SshAuthority, TunnelGrant},
 };
 
@@ -24,6 +25,13 @@ use crate::{
 /// The most candidates of one device, or of an agent.
 pub(crate) const MAX_CANDIDATES: usize = 16;
 
+/// A challenge that proves who holds a WireGuard key, for devices and agents that are new here. It concerns no
+/// particular key, and the server keeps nothing of it.
+#[utoipa::path(get, path = "/api/wireguard/challenge", tag = "tunnels", responses((status = 200, body = KeyChallenge)))]
+pub async fn challenge(State(app): State<AppState>) -> Json<KeyChallenge> {
+    Json(app.secrets.challenge(Timestamp::now()))
+}
+
 /// Admits a device to a weaver. The same again renews it.
 #[utoipa::path(post, path = "/api/weavers/{id}/tunnel", tag = "tunnels", params(("id" = String, Path)), request_body = OpenTunnel,
     responses((status = 200, body = TunnelGrant), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
@@ -38,8 +46,7 @@ pub async fn open(
         return Err(Problem::new(ErrorCode::InvalidRequest, format!("more than {MAX_CANDIDATES} candidates")));
     }
     let UserCaller { user, token, .. } = caller;
-    let admitted =
-        app.admission.admit(user.id, &user.name, weaver, request.public_key, request.candidates, token.id).await?;
+    let admitted = app.admission.admit(&user, token.id, weaver, request).await?;
     Ok(Json(TunnelGrant {
         weaver_id: weaver,
         peer_key: admitted.agent.wireguard_key,

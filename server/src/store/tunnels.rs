@@ -23,6 +23,8 @@ pub const GRANT_PAGE: u32 = 256;
 pub enum KeyError {
     #[error("this WireGuard key belongs to somebody else")]
     Taken,
+    #[error("nothing proves that this WireGuard key is yours")]
+    Unproven,
     #[error("you have {MAX_DEVICES} devices, as many as a user may")]
     TooManyDevices,
     #[error("there are {MAX_GRANTS} admissions, as many as a weaver and a user may have")]
@@ -80,13 +82,14 @@ macro_rules! select_grants {
 }
 
 impl Store {
-    /// Admits a user's device to a weaver until the weaver's end. The device is recorded when it is new; its address
-    /// depends only on its key.
+    /// Admits a user's device to a weaver until the weaver's end. The device is recorded when it is new, for which its
+    /// key must be `proven` to be the user's; its address depends only on its key.
     pub async fn admit(
         &self,
         user: UserId,
         weaver: WeaverId,
         key: WireGuardKey,
+        proven: bool,
         candidates: &[SocketAddr],
         token: i64,
     ) -> Result<(Weaver, Ipv6Addr), KeyError> {
@@ -94,14 +97,14 @@ impl Store {
         let now = millis(Timestamp::now());
         let mut transaction = self.begin_write().await?;
         let found = weavers::read(&mut transaction, weaver).await?;
-        let Some(found) = found.filter(|weaver| !weaver.has_ended() && weaver.agent.is_some()) else {
-            let found = weavers::read(&mut transaction, weaver).await?;
-            return Err(KeyError::NotReachable(found.map(Box::new)));
+        let found = match found {
+            Some(weaver) if !weaver.has_ended() && weaver.agent.is_some() => weaver,
+            found => return Err(KeyError::NotReachable(found.map(Box::new))),
         };
         if !entitles(&mut transaction, token, found.org_id).await? {
             return Err(KeyError::NotEntitled);
         }
-        claim(&mut transaction, key, KeyOwner::User(user)).await?;
+        claim(&mut transaction, key, KeyOwner::User(user), proven).await?;
         let address = self.address(DEVICE_SUBNET, key.as_bytes());
         sqlx::query(
             "INSERT INTO devices (public_key, user_id, address, created_at, last_used_at) VALUES (?, ?, ?, ?, ?) \
@@ -151,7 +154,7 @@ impl Store {
         Ok((found, address))
     }
 
-    /// Records the key of the agent that has proved itself; the weaver as it is now, and the key that it had before.
+    /// Records the key of the agent that has proved itself and the key; the weaver as it is now, and the key that it had before.
     pub async fn register_agent(
         &self,
         weaver: WeaverId,
@@ -170,7 +173,7 @@ impl Store {
             .bind(weaver.to_string())
             .execute(&mut *transaction)
             .await?;
-        claim(&mut transaction, key, KeyOwner::Weaver(weaver)).await?;
+        claim(&mut transaction, key, KeyOwner::Weaver(weaver), true).await?;
         weavers::write(&mut transaction, &found).await?;
         transaction.commit().await?;
         Ok((found, before.filter(|before| *before != key)))
@@ -298,25 +301,34 @@ impl Store {
     }
 }
 
-/// Records whose a key is, unless it is somebody else's.
-async fn claim(transaction: &mut Transaction<'_, Sqlite>, key: WireGuardKey, by: KeyOwner) -> Result<(), KeyError> {
+/// Records whose a key is, unless it is somebody else's. One that is nobody's yet must be `proven`.
+async fn claim(
+    transaction: &mut Transaction<'_, Sqlite>,
+    key: WireGuardKey,
+    by: KeyOwner,
+    proven: bool,
+) -> Result<(), KeyError> {
+    let row = sqlx::query_as("SELECT user_id, weaver_id FROM wireguard_keys WHERE public_key = ?")
+        .bind(key.to_string())
+        .fetch_optional(&mut **transaction)
+        .await?;
+    match row.map(owner).transpose()? {
+        Some(owner) if owner == by => return Ok(()),
+        Some(_) => return Err(KeyError::Taken),
+        None if !proven => return Err(KeyError::Unproven),
+        None => {}
+    }
     let (user, weaver) = match by {
         KeyOwner::User(user) => (Some(user.to_string()), None),
         KeyOwner::Weaver(weaver) => (None, Some(weaver.to_string())),
     };
-    sqlx::query(
-        "INSERT INTO wireguard_keys (public_key, user_id, weaver_id) VALUES (?, ?, ?) ON CONFLICT (public_key) DO NOTHING",
-    )
-    .bind(key.to_string())
-    .bind(user)
-    .bind(weaver)
-    .execute(&mut **transaction)
-    .await?;
-    let row = sqlx::query_as("SELECT user_id, weaver_id FROM wireguard_keys WHERE public_key = ?")
+    sqlx::query("INSERT INTO wireguard_keys (public_key, user_id, weaver_id) VALUES (?, ?, ?)")
         .bind(key.to_string())
-        .fetch_one(&mut **transaction)
+        .bind(user)
+        .bind(weaver)
+        .execute(&mut **transaction)
         .await?;
-    if owner(row)? == by { Ok(()) } else { Err(KeyError::Taken) }
+    Ok(())
 }
 
 fn owner((user, weaver): (Option<String>, Option<String>)) -> sqlx::Result<KeyOwner> {

@@ -1,0 +1,88 @@
+//! WireGuard keys of the tests' own, and the proof of who holds them, as another program than ours would make it from
+//! `docs/protocols.md`.
+
+use std::{fs::File, io::Read as _};
+
+use anyhow::{Context as _, Result};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use ring::hmac;
+use serde_json::{Value, json};
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use crate::{System, Weaver, api::Answer};
+
+/// A WireGuard key pair.
+pub struct KeyPair {
+    pub(crate) private: StaticSecret,
+}
+
+impl KeyPair {
+    pub fn generate() -> Result<Self> {
+        let mut bytes = [0; 32];
+        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(Self { private: StaticSecret::from(bytes) })
+    }
+
+    /// The public half in base64.
+    #[must_use]
+    pub fn public(&self) -> String {
+        STANDARD.encode(PublicKey::from(&self.private).as_bytes())
+    }
+
+    /// The public half as it stands in a path or query: URL-safe, without padding.
+    #[must_use]
+    pub fn in_url(&self) -> String {
+        self.public().trim_end_matches('=').replace('+', "-").replace('/', "_")
+    }
+
+    /// Answers a challenge of the server's.
+    ///
+    /// # Errors
+    ///
+    /// When it is none.
+    pub fn answer(&self, challenge: &Value) -> Result<Value> {
+        let nonce = challenge["nonce"].as_str().context("a nonce")?;
+        let server = STANDARD.decode(challenge["public_key"].as_str().context("a key")?)?;
+        let server: [u8; 32] = server.try_into().ok().context("32 bytes")?;
+        let shared = self.private.diffie_hellman(&PublicKey::from(server));
+        let message = [
+            b"loom wireguard key possession v1",
+            PublicKey::from(&self.private).as_bytes().as_slice(),
+            &server,
+            nonce.as_bytes(),
+        ]
+        .concat();
+        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, shared.as_bytes()), &message);
+        Ok(json!({"nonce": nonce, "mac": STANDARD.encode(mac)}))
+    }
+}
+
+impl System {
+    /// A challenge for the holder of a key.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer at all.
+    pub fn key_challenge(&self) -> Result<Value> {
+        Ok(self.request(None, "GET", "/api/wireguard/challenge", None)?.body)
+    }
+
+    /// Asks for a device's admission to a weaver, with a proof that its owner holds the key.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer at all.
+    pub fn open_tunnel(&self, token: &str, weaver: &Weaver, device: &KeyPair) -> Result<Answer> {
+        let proof = device.answer(&self.key_challenge()?)?;
+        self.open_tunnel_with(token, weaver, &json!({"public_key": device.public(), "proof": proof}))
+    }
+
+    /// The same with any body.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer at all.
+    pub fn open_tunnel_with(&self, token: &str, weaver: &Weaver, body: &Value) -> Result<Answer> {
+        self.request(Some(token), "POST", &format!("/api/weavers/{}/tunnel", weaver.id), Some(&body.to_string()))
+    }
+}

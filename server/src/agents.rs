@@ -74,18 +74,16 @@ impl Hub {
     pub async fn grant(&self, weaver: WeaverId, grant: Grant) -> Result<(), AgentError> {
         let serial = self.next_serial();
         let (applied, wait) = oneshot::channel();
-        let sent = self.links().get_mut(&weaver).is_some_and(|link| {
+        {
+            let mut links = self.links();
+            let link = links.get_mut(&weaver).ok_or(AgentError::NotConnected)?;
+            // Those that nobody waits for any more, because the agent was too slow or the client has gone.
+            link.unacknowledged.retain(|_, applied| !applied.is_closed());
+            let message = ServerMessage::Grant { serial, grant };
+            link.outbox.try_send(message).map_err(|_| AgentError::NotConnected)?;
             link.unacknowledged.insert(serial, applied);
-            link.outbox.try_send(ServerMessage::Grant { serial, grant }).is_ok()
-        });
-        if !sent {
-            return Err(AgentError::NotConnected);
         }
-        let answer = timeout(GRANT_TIMEOUT, wait).await;
-        if let Some(link) = self.links().get_mut(&weaver) {
-            link.unacknowledged.remove(&serial);
-        }
-        match answer {
+        match timeout(GRANT_TIMEOUT, wait).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(AgentError::NoAnswer),
         }
@@ -165,5 +163,38 @@ impl Hub {
             // Who waited may have gone.
             let _ = waiting.send(());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grant() -> Grant {
+        serde_json::from_value(serde_json::json!({
+            "public_key": loom_api::WireGuardKey([1; 32]), "address": "fd00::1", "preshared_key": "", "candidates": [],
+            "expires_at": "2030-01-01T00:00:00Z", "user": "ada",
+        }))
+        .expect("a grant")
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_acknowledges_nothing_makes_the_server_keep_nothing() {
+        let (hub, weaver) = (Hub::default(), WeaverId::generate());
+        let (_, mut inbox) = hub.connect(weaver, String::new());
+        for _ in 0..10 {
+            // The client does not wait for the answer.
+            assert!(timeout(Duration::from_millis(1), hub.grant(weaver, grant())).await.is_err());
+        }
+        while inbox.try_recv().is_ok() {}
+        let ((), result) = tokio::join!(
+            async {
+                let Some(ServerMessage::Grant { serial, .. }) = inbox.recv().await else { panic!("a grant") };
+                hub.applied(weaver, serial);
+            },
+            hub.grant(weaver, grant()),
+        );
+        assert_eq!(result, Ok(()));
+        assert!(hub.links()[&weaver].unacknowledged.is_empty());
     }
 }

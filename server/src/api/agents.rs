@@ -17,7 +17,7 @@ use axum::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use loom_api::{
     ErrorCode, PROTOCOL_VERSION, WeaverId, WireGuardKey,
-    agent::{AgentMessage, MainState, Register, Registered, ServerMessage, StartSpec},
+    agent::{AgentMessage, AgentStatus, MainState, Register, Registered, ServerMessage, StartSpec},
     weaver::EventKind,
 };
 use tokio::time::{Instant, interval, sleep, timeout};
@@ -187,8 +187,8 @@ async fn receive(app: &AppState, weaver: WeaverId, text: &str) -> anyhow::Result
         }
     };
     match message {
-        AgentMessage::Status(mut status) => {
-            status.ports.truncate(MAX_PORTS);
+        AgentMessage::Status(status) => {
+            let mut status = bounded_status(status);
             let main = std::mem::take(&mut status.main);
             app.agents.status(weaver, status);
             main_state(app, weaver, main).await?;
@@ -229,6 +229,15 @@ async fn main_state(app: &AppState, weaver: WeaverId, main: MainState) -> anyhow
             app.reconciler.end(weaver, Ending::Exited { code, out_of_memory }).await
         }
     }
+}
+
+fn bounded_status(mut status: AgentStatus) -> AgentStatus {
+    status.ports.truncate(MAX_PORTS);
+    // JSON has no infinity: nobody could read a list of weavers with one in it.
+    if !status.load.is_finite() {
+        status.load = 0.0;
+    }
+    status
 }
 
 /// What an agent says, as long as it may be.
@@ -279,6 +288,14 @@ mod tests {
         assert!(pause > Duration::ZERO && allowance.pause(start + pause * 2).is_zero());
         allowance.spend(0);
         assert!(allowance.pause(start + pause * 2).is_zero(), "what costs nothing is never refused");
+    }
+
+    #[test]
+    fn a_status_never_makes_a_list_of_weavers_unreadable() {
+        let status: AgentStatus =
+            serde_json::from_str(r#"{"main":{"state":"running"},"ports":[80],"load":1e300}"#).expect("a status");
+        let written = serde_json::to_string(&bounded_status(status)).expect("JSON");
+        assert!(serde_json::from_str::<AgentStatus>(&written).is_ok(), "{written}");
     }
 
     #[test]

@@ -51,12 +51,13 @@ pub struct Parts {
     pub bell: mpsc::Sender<WeaverId>,
 }
 
-/// What a task of [`Reconciler::run`] did.
-enum Done {
-    /// A step for one weaver.
-    Step(Result<()>),
-    /// A look at everything there is.
-    Listing(Result<Vec<WeaverId>>),
+/// What a task of [`Reconciler::run`] does.
+#[derive(Debug, Clone, Copy)]
+enum Job {
+    /// The next step of one weaver.
+    Step(WeaverId),
+    /// Finding every weaver that there is.
+    Listing,
 }
 
 impl std::ops::Deref for Reconciler {
@@ -82,9 +83,10 @@ impl Reconciler {
     pub async fn run(self, mut bell: mpsc::Receiver<WeaverId>) {
         let mut queue = Queue::default();
         let mut failures = Failures::default();
-        let mut tasks = JoinSet::new();
-        // Which weaver a task works on: one that panics cannot say so itself.
-        let mut weavers: HashMap<task::Id, WeaverId> = HashMap::new();
+        // A listing gives what it has found.
+        let mut tasks: JoinSet<Result<Vec<WeaverId>>> = JoinSet::new();
+        // A task that panics cannot say itself what it was doing.
+        let mut jobs: HashMap<task::Id, Job> = HashMap::new();
         let mut list_at = Some(Instant::now());
         loop {
             let now = Instant::now();
@@ -94,12 +96,13 @@ impl Reconciler {
             while let Some((weaver, since)) = queue.start() {
                 self.metrics.reconcile_lag.observe(since.elapsed().as_secs_f64());
                 let this = self.clone();
-                let task = tasks.spawn(async move { Done::Step(this.step(weaver).await) });
-                weavers.insert(task.id(), weaver);
+                let task = tasks.spawn(async move { this.step(weaver).await.map(|()| Vec::new()) });
+                jobs.insert(task.id(), Job::Step(weaver));
             }
             if list_at.take_if(|at| *at <= now).is_some() {
                 let this = self.clone();
-                tasks.spawn(async move { Done::Listing(this.everything().await) });
+                let task = tasks.spawn(async move { this.everything().await });
+                jobs.insert(task.id(), Job::Listing);
             }
             let next = [queue.next_due(), list_at].into_iter().flatten().min();
             tokio::select! {
@@ -107,48 +110,37 @@ impl Reconciler {
                     Some(weaver) => queue.push(Instant::now(), weaver, self.store.lane(weaver).await),
                     None => return,
                 },
-                Some(done) = tasks.join_next_with_id() => {
-                    let (id, done) = match done {
-                        Ok((id, done)) => (id, Ok(done)),
-                        Err(error) => (error.id(), Err(error)),
+                Some(ended) = tasks.join_next_with_id() => {
+                    let (id, result) = match ended {
+                        Ok((id, result)) => (id, result),
+                        Err(error) => {
+                            self.metrics.panics.inc();
+                            (error.id(), Err(error).context("a fault of the server's own"))
+                        }
                     };
-                    let weaver = weavers.remove(&id);
-                    if done.is_err() {
-                        self.metrics.panics.inc();
+                    let Some(job) = jobs.remove(&id) else { continue };
+                    let now = Instant::now();
+                    if let Job::Step(weaver) = job
+                        && queue.done(weaver)
+                    {
+                        queue.later(now, weaver);
                     }
-                    match (weaver, done) {
-                        (Some(weaver), done) => {
-                            if queue.done(weaver) {
-                                queue.later(Instant::now(), weaver);
-                            }
-                            let result = match done {
-                                Ok(Done::Step(result)) => result,
-                                Ok(Done::Listing(_)) => Ok(()),
-                                Err(error) => Err(error).context("a fault of the server's own"),
-                            };
-                            match result {
-                                Ok(()) => failures.forget(weaver),
-                                Err(error) => {
-                                    let wait = failures.next_wait(weaver);
-                                    self.metrics.reconcile_failures.inc();
-                                    tracing::warn!(%weaver, "tried again in {wait:?}: {error:#}");
-                                    queue.later(Instant::now() + wait, weaver);
-                                }
-                            }
+                    match (job, result) {
+                        (Job::Step(weaver), Ok(_)) => failures.forget(weaver),
+                        (Job::Step(weaver), Err(error)) => {
+                            let wait = failures.next_wait(weaver);
+                            self.metrics.reconcile_failures.inc();
+                            tracing::warn!(%weaver, "tried again in {wait:?}: {error:#}");
+                            queue.later(now + wait, weaver);
                         }
-                        (None, Ok(Done::Listing(Ok(all)))) => {
+                        (Job::Listing, Ok(all)) => {
                             for weaver in all {
-                                queue.later(Instant::now(), weaver);
+                                queue.later(now, weaver);
                             }
                         }
-                        (None, failed) => {
-                            let error = match failed {
-                                Ok(Done::Listing(Err(error))) => error,
-                                Ok(_) => anyhow::anyhow!("a task that nobody started"),
-                                Err(error) => error.into(),
-                            };
+                        (Job::Listing, Err(error)) => {
                             tracing::error!("what exists is listed again in {MAX_BACK_OFF:?}: {error:#}");
-                            list_at = Some(Instant::now() + MAX_BACK_OFF);
+                            list_at = Some(now + MAX_BACK_OFF);
                         }
                     }
                 }

@@ -7,6 +7,7 @@
 use std::{
     borrow::Cow,
     env,
+    fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
 };
 
@@ -30,14 +31,31 @@ pub(crate) fn bytes(data: &[u8]) -> Result<(), CliError> {
 pub(crate) fn json(value: &impl Serialize) -> Result<(), CliError> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| CliError::failure(format!("cannot write the answer as JSON: {error}")))?;
-    line(&text)
+    line(&all_escaped(text))
 }
 
 /// Writes an object as one line of JSON, for streams of them.
 pub(crate) fn json_line(value: &impl Serialize) -> Result<(), CliError> {
     let text = serde_json::to_string(value)
         .map_err(|error| CliError::failure(format!("cannot write an event as JSON: {error}")))?;
-    line(&text)
+    line(&all_escaped(text))
+}
+
+/// The same JSON with escapes for the control characters that JSON allows in strings and terminals obey: U+007F to
+/// U+009F.
+fn all_escaped(json: String) -> String {
+    let obeyed = |c: char| ('\u{7f}'..='\u{9f}').contains(&c);
+    if !json.contains(obeyed) {
+        return json;
+    }
+    json.chars().fold(String::with_capacity(json.len()), |mut text, c| {
+        if obeyed(c) {
+            let _ = write!(text, "\\u{:04x}", u32::from(c));
+        } else {
+            text.push(c);
+        }
+        text
+    })
 }
 
 /// Tells something that is not data. That standard error is closed is nobody's concern.
@@ -127,6 +145,14 @@ mod tests {
             "ID       IMAGE   REASON\nW-1      debian\nW-22222  x       two lines\u{fffd}[2J\n"
         );
         assert_eq!(table(&["ID"], &[]), "ID\n");
+    }
+
+    #[test]
+    fn json_has_escapes_for_all_that_a_terminal_obeys() {
+        let hostile = "\u{1b}[2J\u{7f}\u{9b}31mé\n";
+        let text = all_escaped(serde_json::to_string(hostile).expect("JSON"));
+        assert_eq!(text, "\"\\u001b[2J\\u007f\\u009b31mé\\n\"");
+        assert_eq!(serde_json::from_str::<String>(&text).expect("JSON"), hostile);
     }
 
     #[test]

@@ -20,6 +20,8 @@ use tokio::{
     time::timeout,
 };
 
+use crate::allowance::Allowances;
+
 /// Messages to one agent that wait; one who finds it full gives up on that agent.
 const OUTBOX: usize = 256;
 /// How long an agent may take to admit a peer.
@@ -40,6 +42,8 @@ pub enum AgentError {
 /// The links that are up.
 #[derive(Default)]
 pub struct Hub {
+    /// What the agents may still ask for.
+    pub allowances: Allowances,
     links: Mutex<HashMap<WeaverId, Link>>,
     serial: AtomicU64,
 }
@@ -49,7 +53,10 @@ struct Link {
     outbox: mpsc::Sender<ServerMessage>,
     version: String,
     status: AgentStatus,
+    /// Those who wait until a grant is in force.
     unacknowledged: HashMap<u64, oneshot::Sender<()>>,
+    /// Grants that were sent and not acknowledged yet, whether or not somebody waits for it.
+    unanswered: u64,
 }
 
 impl Hub {
@@ -79,8 +86,7 @@ impl Hub {
             let link = links.get_mut(&weaver).ok_or(AgentError::NotConnected)?;
             // Those that nobody waits for any more, because the agent was too slow or the client has gone.
             link.unacknowledged.retain(|_, applied| !applied.is_closed());
-            let message = ServerMessage::Grant { serial, grant };
-            link.outbox.try_send(message).map_err(|_| AgentError::NotConnected)?;
+            link.send_grant(serial, grant)?;
             link.unacknowledged.insert(serial, applied);
         }
         match timeout(GRANT_TIMEOUT, wait).await {
@@ -93,8 +99,9 @@ impl Hub {
     /// anew: its link ends, and the next welcome states every grant.
     pub fn tell_grant(&self, weaver: WeaverId, grant: Grant) {
         let serial = self.next_serial();
-        if self.is_connected(weaver) && !self.send(weaver, ServerMessage::Grant { serial, grant }) {
-            self.disconnect(weaver);
+        let mut links = self.links();
+        if links.get_mut(&weaver).is_some_and(|link| link.send_grant(serial, grant).is_err()) {
+            links.remove(&weaver);
         }
     }
 
@@ -120,16 +127,24 @@ impl Hub {
         }
     }
 
-    /// Lets go of an agent's link: its weaver has ended.
-    pub fn disconnect(&self, weaver: WeaverId) {
+    /// Lets go of an agent: its weaver has ended.
+    pub fn end(&self, weaver: WeaverId) {
         self.links().remove(&weaver);
+        self.allowances.forget(weaver);
     }
 
     /// Takes note of a new link; its number, and what is to be said on it.
     pub fn connect(&self, weaver: WeaverId, version: String) -> (u64, mpsc::Receiver<ServerMessage>) {
         let (outbox, inbox) = mpsc::channel(OUTBOX);
         let serial = self.next_serial();
-        let link = Link { serial, outbox, version, status: AgentStatus::default(), unacknowledged: HashMap::new() };
+        let link = Link {
+            serial,
+            outbox,
+            version,
+            status: AgentStatus::default(),
+            unacknowledged: HashMap::new(),
+            unanswered: 0,
+        };
         // An older link of the same weaver loses its outbox by this, and ends.
         self.links().insert(weaver, link);
         (serial, inbox)
@@ -157,12 +172,25 @@ impl Hub {
         }
     }
 
-    pub fn applied(&self, weaver: WeaverId, serial: u64) {
-        let waiting = self.links().get_mut(&weaver).and_then(|link| link.unacknowledged.remove(&serial));
-        if let Some(waiting) = waiting {
+    /// An agent says that a grant is in force; whether it was sent one.
+    pub fn applied(&self, weaver: WeaverId, serial: u64) -> bool {
+        let mut links = self.links();
+        let Some(link) = links.get_mut(&weaver) else { return false };
+        let was_asked = link.unanswered > 0;
+        link.unanswered = link.unanswered.saturating_sub(1);
+        if let Some(waiting) = link.unacknowledged.remove(&serial) {
             // Who waited may have gone.
             let _ = waiting.send(());
         }
+        was_asked
+    }
+}
+
+impl Link {
+    fn send_grant(&mut self, serial: u64, grant: Grant) -> Result<(), AgentError> {
+        self.outbox.try_send(ServerMessage::Grant { serial, grant }).map_err(|_| AgentError::NotConnected)?;
+        self.unanswered += 1;
+        Ok(())
     }
 }
 

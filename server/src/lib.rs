@@ -14,6 +14,7 @@
 
 mod admission;
 mod agents;
+mod allowance;
 mod api;
 mod app;
 mod config;

@@ -88,12 +88,12 @@ impl Streams {
         }
     }
 
-    /// An agent cannot open a stream.
-    pub fn failed(&self, weaver: WeaverId, stream: Uuid, reason: String) {
-        if let Some(Wanted(pending)) = self.take(weaver, stream) {
-            // Who waited may have gone.
-            let _ = pending.arrived.send(Err(reason));
-        }
+    /// An agent cannot open a stream; whether it was asked for it.
+    pub fn failed(&self, weaver: WeaverId, stream: Uuid, reason: String) -> bool {
+        let Some(Wanted(pending)) = self.take(weaver, stream) else { return false };
+        // Who waited may have gone.
+        let _ = pending.arrived.send(Err(reason));
+        true
     }
 
     /// A weaver's agent is no longer connected: who waits for it waits in vain.

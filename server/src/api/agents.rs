@@ -45,10 +45,8 @@ const MAX_VERSION: usize = 100;
 const MAX_TEXT: usize = 1 << 10;
 /// The most ports that are remembered of a weaver.
 const MAX_PORTS: usize = 1_024;
-/// Messages of an agent that are read at once. A start takes about ten.
-const BURST: f64 = 100.0;
-/// Messages of an agent that are read each second in the long run.
-const PER_SECOND: f64 = 2.0;
+/// What a link costs of an agent's allowance: it is told of when it comes and when it goes.
+const LINK_COST: u32 = 2;
 
 /// Registers an agent.
 #[utoipa::path(post, path = "/api/agent/register", tag = "agent", request_body = Register,
@@ -91,7 +89,9 @@ pub async fn control(
     let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended());
     let agent =
         row.and_then(|row| row.agent).ok_or_else(|| Problem::new(ErrorCode::WeaverGone, "the weaver has ended"))?;
-    Ok(upgrade.max_message_size(MAX_AGENT_MESSAGE).read_buffer_size(READ_BUFFER).on_upgrade(async move |socket| {
+    let upgrade =
+        upgrade.max_message_size(MAX_AGENT_MESSAGE).max_frame_size(MAX_AGENT_MESSAGE).read_buffer_size(READ_BUFFER);
+    Ok(upgrade.on_upgrade(async move |socket| {
         if let Err(error) = run_link(&app, weaver, agent, socket).await {
             tracing::info!(%weaver, "control link: {error:#}");
         }
@@ -99,6 +99,9 @@ pub async fn control(
 }
 
 async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: WebSocket) -> anyhow::Result<()> {
+    while let Err(pause) = app.agents.allowances.begin(weaver, LINK_COST) {
+        sleep(pause).await;
+    }
     let (serial, mut inbox) = app.agents.connect(weaver, agent.version);
     app.events.write(weaver, Event::new(EventKind::AgentConnected, "the agent has connected")).await;
     let result = async {
@@ -107,9 +110,9 @@ async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: We
         welcome(app, &row, &agent.wireguard_key, &mut socket).await?;
         send(&mut socket, &ServerMessage::Deadline { expires_at: row.expires_at }).await?;
         let (mut ping, mut heard) = (interval(PING), Instant::now());
-        let mut allowance = Allowance::new(Instant::now());
+        let allowances = &app.agents.allowances;
         loop {
-            let pause = allowance.pause(Instant::now());
+            let pause = allowances.pause(weaver);
             tokio::select! {
                 message = inbox.recv() => match message {
                     Some(message) => send(&mut socket, &message).await?,
@@ -118,9 +121,9 @@ async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: We
                 frame = socket.recv(), if pause.is_zero() => {
                     heard = Instant::now();
                     match frame.context("it was closed")?? {
-                        Message::Text(text) => allowance.spend(receive(app, weaver, &text).await?),
+                        Message::Text(text) => allowances.spend(weaver, receive(app, weaver, &text).await?),
                         Message::Close(_) => return Ok(()),
-                        _ => {}
+                        _ => allowances.spend(weaver, 1),
                     }
                 }
                 // What is not read waits with the agent.
@@ -182,7 +185,9 @@ async fn receive(app: &AppState, weaver: WeaverId, text: &str) -> anyhow::Result
     let message: AgentMessage = match serde_json::from_str(text) {
         Ok(message) => message,
         Err(error) => {
-            tracing::warn!(%weaver, "a control message that cannot be read: {}", error.to_string().escape_debug());
+            // It quotes what was said.
+            let reason = bounded(error.to_string());
+            tracing::warn!(%weaver, "a control message that cannot be read: {}", reason.escape_debug());
             return Ok(1);
         }
     };
@@ -203,14 +208,14 @@ async fn receive(app: &AppState, weaver: WeaverId, text: &str) -> anyhow::Result
         AgentMessage::Event { kind, .. } => {
             tracing::warn!(%weaver, ?kind, "an agent may not write events of this kind");
         }
-        // These touch what is in memory only.
+        // What the server has asked for costs nothing, however much it was.
         AgentMessage::GrantApplied { serial } => {
-            app.agents.applied(weaver, serial);
-            return Ok(0);
+            let was_asked = app.agents.applied(weaver, serial);
+            return Ok(u32::from(!was_asked));
         }
         AgentMessage::StreamFailed { stream, reason } => {
-            app.streams.failed(weaver, stream, bounded(reason));
-            return Ok(0);
+            let was_asked = app.streams.failed(weaver, stream, bounded(reason));
+            return Ok(u32::from(!was_asked));
         }
         AgentMessage::UnknownPeer { public_key } => app.admission.introduce(weaver, public_key).await?,
         AgentMessage::Failed { reason } => {
@@ -246,49 +251,9 @@ fn bounded(mut text: String) -> String {
     text
 }
 
-/// How much an agent may still ask for: [`BURST`] messages at once, and [`PER_SECOND`] in the long run.
-struct Allowance {
-    left: f64,
-    at: Instant,
-}
-
-impl Allowance {
-    const fn new(now: Instant) -> Self {
-        Self { left: BURST, at: now }
-    }
-
-    fn spend(&mut self, cost: u32) {
-        self.left -= f64::from(cost);
-    }
-
-    /// How long nothing more is read from the agent.
-    fn pause(&mut self, now: Instant) -> Duration {
-        let earned = now.saturating_duration_since(self.at).as_secs_f64() * PER_SECOND;
-        self.left = (self.left + earned).min(BURST);
-        self.at = now;
-        if self.left >= 1.0 { Duration::ZERO } else { Duration::from_secs_f64((1.0 - self.left) / PER_SECOND) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_agent_that_says_too_much_is_read_more_slowly() {
-        let start = Instant::now();
-        let mut allowance = Allowance::new(start);
-        let mut said = 0;
-        while allowance.pause(start).is_zero() {
-            allowance.spend(1);
-            said += 1;
-        }
-        assert_eq!(f64::from(said), BURST);
-        let pause = allowance.pause(start);
-        assert!(pause > Duration::ZERO && allowance.pause(start + pause * 2).is_zero());
-        allowance.spend(0);
-        assert!(allowance.pause(start + pause * 2).is_zero(), "what costs nothing is never refused");
-    }
 
     #[test]
     fn a_status_never_makes_a_list_of_weavers_unreadable() {

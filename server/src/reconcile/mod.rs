@@ -173,7 +173,7 @@ impl Reconciler {
             let gone = self.provisioner.remove(weaver).await?;
             fault::point("pod-removed");
             if gone {
-                self.agents.disconnect(weaver);
+                self.agents.end(weaver);
             }
             return Ok(());
         };

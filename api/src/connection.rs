@@ -1,4 +1,4 @@
-//! Why connecting to a server failed, told apart as far as the user has to do different things about it.
+//! Why no connection to a server came about, told apart as far as people must do different things about it.
 
 use std::{error::Error, io, iter::successors};
 
@@ -6,15 +6,17 @@ use jiff::Timestamp;
 use reqwest::Url;
 use rustls::{CertificateError, InvalidMessage, pki_types::UnixTime};
 
-/// Why connecting failed.
+/// The kinds of failure to connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConnectionFailure {
-    /// Nothing listens on the port.
+    /// Nothing listens there.
     Refused,
+    /// The host's name cannot be resolved.
     UnknownHost,
+    /// No answer in time.
     TimedOut,
-    /// No trusted CA signed the certificate.
+    /// No trusted authority signed the certificate.
     UnknownIssuer,
     /// The certificate is for other names.
     WrongName,
@@ -22,7 +24,7 @@ pub enum ConnectionFailure {
     Expired,
     /// The certificate is not valid yet.
     NotYetValid,
-    /// The certificate is invalid in another way.
+    /// The certificate is wrong in another way.
     BadCertificate,
     /// The server speaks plain HTTP where HTTPS was expected.
     PlainHttp,
@@ -33,14 +35,14 @@ pub enum ConnectionFailure {
 }
 
 impl ConnectionFailure {
-    /// Whether a retry may succeed soon.
+    /// Whether trying again soon may work.
     #[must_use]
-    pub const fn is_transient(self) -> bool {
+    pub const fn is_passing(self) -> bool {
         matches!(self, Self::Refused | Self::UnknownHost | Self::TimedOut | Self::Other)
     }
 }
 
-/// The kind of a failure, and the reason as the user reads it.
+/// The kind of a failure, and its reason in words.
 pub(crate) fn describe(server: &Url, error: &reqwest::Error) -> (ConnectionFailure, String) {
     if error.is_timeout() {
         return (ConnectionFailure::TimedOut, "timed out".to_owned());
@@ -54,7 +56,7 @@ pub(crate) fn describe(server: &Url, error: &reqwest::Error) -> (ConnectionFailu
             return known;
         }
         innermost = cause.to_string();
-        // The HTTP client does not export the types of these two errors.
+        // The types of these two are private to the HTTP client.
         if innermost.starts_with("dns error") {
             return (ConnectionFailure::UnknownHost, format!("the name {host} cannot be resolved"));
         }
@@ -108,7 +110,7 @@ fn tls_failure(host: &str, error: &rustls::Error) -> Option<(ConnectionFailure, 
 /// An error and what caused it, outermost first.
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     successors(Some(error), |&error| {
-        // An I/O error's `source` is that of the error it wraps, so ask for the wrapped error itself.
+        // `source` of an I/O error skips the error that it wraps.
         let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
         wrapped.map(|wrapped| wrapped as &(dyn Error + 'static)).or_else(|| error.source())
     })
@@ -119,7 +121,7 @@ fn bare_name(name: &str) -> &str {
     name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(name).trim_matches('"')
 }
 
-/// ` on 2026-01-02`; empty if the time is out of range.
+/// ` on 2026-01-02`, if that is a date.
 fn at(time: UnixTime) -> String {
     let date = i64::try_from(time.as_secs()).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
     date.map_or_else(String::new, |date| format!(" on {}", date.strftime("%Y-%m-%d")))

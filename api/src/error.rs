@@ -1,49 +1,49 @@
-//! The API's errors: `{"error":{"code","message","hint"}}`.
+//! What the API answers when it does not do what was asked: `{"error":{"code","message","hint"}}`.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// A stable name for one kind of error. Programs act on the code; people read the message.
+/// A stable name for one kind of failure. Clients decide by it; people read the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorCode {
     /// The request is malformed: a field, a query or the JSON itself.
     InvalidRequest,
-    /// The lifetime is not above zero, or exceeds the maximum.
+    /// The lifetime is not above zero or goes past the most that is allowed.
     InvalidLifetime,
-    /// The image's name is not a valid image reference.
+    /// The image's name cannot be read as one.
     InvalidImage,
     /// No token, or one that is unknown, expired or revoked.
     Unauthorized,
-    /// The token is valid but has no right to do this.
+    /// The token is good, and may not do this.
     Forbidden,
-    /// The server does not know the WireGuard key yet, and the request does not prove that its sender holds it: get a
-    /// challenge from `GET /api/wireguard/challenge` and answer it.
+    /// The WireGuard key is new to the server, and the request does not prove that its sender holds it: answer a
+    /// challenge (`GET /api/wireguard/challenge`).
     KeyNotProven,
-    /// None of the caller's organisations has a weaver with this id or name.
+    /// No weaver of that id or name in the caller's organisations.
     WeaverNotFound,
-    /// The prefix or name matches several weavers.
+    /// The prefix or name fits several weavers.
     WeaverAmbiguous,
     /// Nothing at this address.
     NotFound,
-    /// Another live weaver of the organisation has this name.
+    /// The name is taken by another weaver.
     NameTaken,
-    /// The `Idempotency-Key` was used before with a different request.
+    /// An `Idempotency-Key` was used before with another request.
     IdempotencyConflict,
-    /// The weaver is not in a state that allows this; for example, it is not running yet.
+    /// The weaver is not in a state that allows this (not running yet, for one).
     WeaverNotReady,
-    /// The weaver was deleted, has expired, or its main program has exited.
+    /// The weaver has ended: deleted, expired or its main program exited.
     WeaverGone,
-    /// The organisation or the user has reached its limit of live weavers.
+    /// The organisation has as many weavers as it may.
     TooManyWeavers,
-    /// The user has reached the limit of tokens.
+    /// The user has as many tokens as it may.
     TooManyTokens,
-    /// The user or the organisation has reached its limit of connections of this kind.
+    /// The user or the organisation has as many connections of this kind as it may.
     TooManyConnections,
     /// Too many requests came from the client's address.
     TooManyRequests,
-    /// The image does not exist, is not allowed, or this backend has no images.
+    /// The image cannot be had: it does not exist, is not allowed, or this backend has no images.
     ImageUnavailable,
     /// Device login: not approved yet.
     AuthorizationPending,
@@ -51,24 +51,25 @@ pub enum ErrorCode {
     SlowDown,
     /// Device login: the code has expired.
     ExpiredToken,
-    /// Device login: the user denied it.
+    /// Device login: the user said no.
     AccessDenied,
-    /// The request's body is too large.
+    /// The request's body is larger than accepted.
     PayloadTooLarge,
     /// The backend that runs weavers failed.
     KubernetesError,
     /// The weaver's agent did not answer in time.
     AgentUnreachable,
-    /// The server cannot do this now; try again later.
+    /// The server cannot do this now, but may later.
     Unavailable,
-    /// A fault in the server; its log has the details.
+    /// A fault of the server's own.
     Internal,
-    /// Sent by a newer server, and unknown to this build.
+    /// A code this build does not know: a newer server's.
     #[serde(other)]
     Unknown,
 }
 
 impl ErrorCode {
+    /// The HTTP status that goes with the code.
     #[must_use]
     pub const fn http_status(self) -> u16 {
         match self {
@@ -95,24 +96,27 @@ impl ErrorCode {
     }
 }
 
-/// Why a request failed: the code is for programs, message and hint are for people.
+/// One failure: what the code says to programs, and what message and hint say to people.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
+    /// The stable code.
     pub code: ErrorCode,
     /// What failed and why, in a sentence without a full stop.
     pub message: String,
-    /// What to do next, if there is anything.
+    /// What to do next, where there is something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
 impl ApiError {
+    /// An error without a hint.
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), hint: None }
     }
 
+    /// Adds what to do next.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -120,8 +124,9 @@ impl ApiError {
     }
 }
 
-/// The body of every error response.
+/// The body of every answer that is not a success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
+    /// The failure.
     pub error: ApiError,
 }

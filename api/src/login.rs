@@ -17,16 +17,17 @@ pub struct StartDeviceLogin {
 /// The answer to [`StartDeviceLogin`] (RFC 8628 §3.2).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DeviceLogin {
-    /// For `POST /api/login/token`.
+    /// What the client polls with.
     pub device_code: Secret,
-    /// The code that the user types at `verification_uri`.
+    /// What the user types.
     pub user_code: String,
+    /// Where the user types it.
     pub verification_uri: String,
     /// The same with the code filled in.
     pub verification_uri_complete: String,
-    /// Seconds until both codes expire.
+    /// Seconds until the codes end.
     pub expires_in: u64,
-    /// Seconds to wait between polls.
+    /// Seconds to wait between two polls.
     pub interval: u64,
 }
 
@@ -38,27 +39,29 @@ pub struct PollDeviceLogin {
     pub device_code: Secret,
 }
 
-/// A new token. It is shown only once: the server keeps its hash.
+/// A new token. The server keeps only its hash: it is shown this once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NewToken {
+    /// The bearer token.
     pub token: Secret,
+    /// What it is called in lists.
     pub name: String,
-    /// Absent when the token does not expire.
+    /// When it ends, if it does.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Timestamp>,
 }
 
-/// `POST /api/tokens`: creates a token for a program, such as CI.
+/// `POST /api/tokens`: makes a token for a program, such as CI.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateToken {
-    /// The token's name in lists.
+    /// What it is called in lists.
     pub name: String,
-    /// Hours until it expires; by default never. A token never outlives the one it was created with.
+    /// Hours until it ends; never, when left out. A token made with one that has an end does not outlive that.
     #[serde(default)]
     pub ttl_hours: Option<f64>,
-    /// Makes it a person's login: it expires after the server's login lifetime, and using it renews it.
+    /// Whether it is a person's login: that lives as long as the server lets logins live, and using it renews it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub login: bool,
 }
@@ -71,26 +74,30 @@ pub enum TokenKind {
     SignIn,
     /// A person's login on one machine; using it renews it.
     Login,
-    /// For a program; it expires when its creator said, or never.
+    /// A program's; it lives as long as it was made for.
     Api,
-    /// Sent by a newer server, and unknown to this build.
+    /// A kind this build does not know: a newer server's.
     #[serde(other)]
     Unknown,
 }
 
-/// A token in a list, without the secret itself.
+/// A token in a list: everything but the token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TokenInfo {
+    /// Its number, for deleting it.
     pub id: i64,
+    /// What it is called.
     pub name: String,
+    /// What it is for.
     pub kind: TokenKind,
+    /// When it was made.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
-    /// To the minute; absent when it was never used.
+    /// When it was last used, to the minute, if it was.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_used_at: Option<Timestamp>,
-    /// Absent when the token does not expire.
+    /// When it ends, if it does.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Timestamp>,
@@ -99,23 +106,28 @@ pub struct TokenInfo {
 /// `GET /api/me`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Me {
+    /// The caller.
     pub user: User,
     /// The caller's organisations, the personal one first.
     pub organisations: Vec<Organisation>,
 }
 
+/// A user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct User {
+    /// Its id.
     pub id: UserId,
-    /// Unique on the server.
+    /// Its name, unique on the server.
     pub name: String,
 }
 
+/// An organisation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Organisation {
+    /// Its id.
     pub id: OrgId,
-    /// Unique on the server.
+    /// Its name, unique on the server.
     pub name: String,
-    /// Whether it is the caller's personal organisation.
+    /// Whether it is the caller's own.
     pub personal: bool,
 }

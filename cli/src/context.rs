@@ -135,7 +135,7 @@ impl Context {
     ///
     /// When nobody is logged in, or the server's address cannot be used.
     pub(crate) fn client(&self) -> Result<Client, CliError> {
-        Ok(Client::with_ca_certificates(&self.server_url()?, Some(self.token()?), &self.authorities()?)?)
+        Ok(Client::trusting(&self.server_url()?, Some(self.token()?), &self.authorities()?)?)
     }
 
     /// A client without a token.
@@ -144,7 +144,7 @@ impl Context {
     ///
     /// When no server is known or its address cannot be used.
     pub(crate) fn anonymous_client(&self) -> Result<Client, CliError> {
-        Ok(Client::with_ca_certificates(&self.server_url()?, None, &self.authorities()?)?)
+        Ok(Client::trusting(&self.server_url()?, None, &self.authorities()?)?)
     }
 
     /// The tokens that are kept.

@@ -1,12 +1,23 @@
 //! The HTTP API as another program than ours would use it: with `curl`, and a WebSocket library for attach.
 
-use std::{net::TcpStream, process::Command};
+use std::{collections::BTreeMap, fmt::Write as _, net::TcpStream, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tungstenite::{ClientRequestBuilder, Message, WebSocket};
 
 use crate::{System, Weaver, system::PATIENCE, system::output_with_input};
+
+/// The headers that ask for a WebSocket, for requests that are to be refused.
+pub const UPGRADE: [&str; 4] = [
+    "Connection: Upgrade",
+    "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+];
+
+/// Requests that [`System::request_all`] has under way at the same time.
+const PARALLEL: &str = "8";
 
 /// An answer of the API.
 #[derive(Debug)]
@@ -74,6 +85,37 @@ impl System {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let (body, status) = text.rsplit_once('\n').context("curl's status line")?;
         Ok(Answer { status: status.parse()?, body: serde_json::from_str(body).unwrap_or_default() })
+    }
+
+    /// Makes many requests, several at a time, each with a token, a method, a path and a body; how many answers there
+    /// were of each HTTP status.
+    ///
+    /// # Errors
+    ///
+    /// When one has no answer at all.
+    pub fn request_all(&self, requests: &[(&str, &str, String, String)]) -> Result<BTreeMap<u16, usize>> {
+        let mut config = String::new();
+        for (token, method, path, body) in requests {
+            if !config.is_empty() {
+                config.push_str("next\n");
+            }
+            writeln!(config, "url = {}", quoted(&format!("{}{path}", self.url())))?;
+            writeln!(config, "request = {method}\nheader = \"Authorization: Bearer {token}\"")?;
+            if !body.is_empty() {
+                writeln!(config, "header = \"Content-Type: application/json\"\ndata-raw = {}", quoted(body))?;
+            }
+            config.push_str("output = /dev/null\nwrite-out = \"%{http_code}\\n\"\n");
+        }
+        let mut curl = Command::new("curl");
+        curl.envs(self.environment());
+        curl.args(["-sS", "--noproxy", "*", "--parallel", "--parallel-max", PARALLEL, "--config", "-"]);
+        let output = output_with_input(curl, config.as_bytes())?;
+        ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
+        let mut answers = BTreeMap::new();
+        for line in String::from_utf8(output.stdout)?.lines() {
+            *answers.entry(line.parse()?).or_default() += 1;
+        }
+        Ok(answers)
     }
 
     /// Exchanges a token that signs in once for one that can be used.
@@ -156,8 +198,17 @@ impl System {
         weaver: &Weaver,
         subprotocol: Option<&str>,
     ) -> Result<WebSocket<TcpStream>> {
+        self.web_socket(token, &format!("/api/weavers/{}/attach?rows=24&cols=80", weaver.id), subprotocol)
+    }
+
+    /// Opens a WebSocket with a token.
+    ///
+    /// # Errors
+    ///
+    /// When the server refuses.
+    pub fn web_socket(&self, token: &str, path: &str, subprotocol: Option<&str>) -> Result<WebSocket<TcpStream>> {
         let authority = self.url().trim_start_matches("http://").to_owned();
-        let uri = format!("ws://{authority}/api/weavers/{}/attach?rows=24&cols=80", weaver.id).parse()?;
+        let uri = format!("ws://{authority}{path}").parse()?;
         let mut request = ClientRequestBuilder::new(uri).with_header("Authorization", format!("Bearer {token}"));
         if let Some(subprotocol) = subprotocol {
             request = request.with_sub_protocol(subprotocol);
@@ -165,9 +216,14 @@ impl System {
         let stream = TcpStream::connect(authority)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let (socket, _) =
-            tungstenite::client(request, stream).map_err(|error| anyhow::anyhow!("attaching: {error}"))?;
+            tungstenite::client(request, stream).map_err(|error| anyhow::anyhow!("opening {path}: {error}"))?;
         Ok(socket)
     }
+}
+
+/// A value in a configuration file of curl's.
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
 /// The figures that a server shows at `address`.

@@ -10,6 +10,7 @@
 // A library only for the tests, the benchmark and `xtask`: a name that says everything needs no comment.
 #![allow(missing_docs)]
 
+pub mod agent;
 pub mod api;
 pub mod cluster;
 pub mod git;
@@ -17,6 +18,7 @@ pub mod keys;
 pub mod namespace;
 pub mod postgres;
 pub mod processes;
+pub mod service;
 pub mod strangers;
 pub mod system;
 pub mod terminal;

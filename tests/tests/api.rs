@@ -3,7 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, api::read_until, eventually, keys::KeyPair, system::PATIENCE, terminal::Terminal};
+use loom_tests::{
+    System,
+    api::{UPGRADE, read_until},
+    eventually,
+    keys::KeyPair,
+    system::PATIENCE,
+    terminal::Terminal,
+};
 use serde_json::{Value, json};
 use tungstenite::Message;
 
@@ -64,13 +71,7 @@ fn another_users_weavers_and_devices_do_not_exist_for_one() -> Result<()> {
     let device = KeyPair::generate()?;
     assert_eq!(system.open_tunnel(&admin, &weaver, &device)?.status, 200);
     let relay = format!("/api/relay?key={}", device.in_url());
-    let upgrade = [
-        "Connection: Upgrade",
-        "Upgrade: websocket",
-        "Sec-WebSocket-Version: 13",
-        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
-    ];
-    assert_eq!(system.request_with(eve, "GET", &relay, None, &upgrade)?.code(), "forbidden");
+    assert_eq!(system.request_with(eve, "GET", &relay, None, &UPGRADE)?.code(), "forbidden");
     system.stop()
 }
 

@@ -1,17 +1,15 @@
 //! WireGuard keys belong to those who hold them: a user for a device, a weaver for its agent.
 
 use anyhow::{Context as _, Result};
-use loom_tests::{System, Weaver, api::Answer, keys::KeyPair, processes::signal, system::BACKEND};
+use loom_tests::{
+    System, Weaver,
+    api::{Answer, UPGRADE},
+    keys::KeyPair,
+    processes::signal,
+    system::BACKEND,
+};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-
-/// What makes a request one for a WebSocket.
-const UPGRADE: [&str; 4] = [
-    "Connection: Upgrade",
-    "Upgrade: websocket",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
-];
 
 /// How an answer ended, for one comparison.
 fn outcome(answer: &Answer) -> (u16, &str) {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use loom_tests::{System, Weaver, eventually, processes, system::PATIENCE};
+use loom_tests::{System, Weaver, api::UPGRADE, eventually, processes, system::PATIENCE};
 use rustix::process::Signal;
 use serde_json::json;
 use tungstenite::WebSocket;
@@ -243,13 +243,7 @@ fn connections_of_one_user_are_limited() -> Result<()> {
     let weaver = system.new_weaver(&[])?;
     let _open = [system.attach_socket(&weaver, None)?, system.attach_socket(&weaver, None)?];
     let path = format!("/api/weavers/{}/attach", weaver.id);
-    let upgrade = [
-        "Connection: Upgrade",
-        "Upgrade: websocket",
-        "Sec-WebSocket-Version: 13",
-        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
-    ];
-    let refused = system.request_with(Some(&system.admin_token()?), "GET", &path, None, &upgrade)?;
+    let refused = system.request_with(Some(&system.admin_token()?), "GET", &path, None, &UPGRADE)?;
     assert_eq!((refused.status, refused.code()), (429, "too_many_connections"));
     Ok(())
 }

@@ -9,13 +9,13 @@ use std::{
     process::{Child, Command, Stdio},
     sync::Arc,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, Weaver, api, eventually,
-    processes::{self, memory},
+    System, Weaver, api, eventually, processes,
+    service::{HonestUser, PROMPT},
     strangers::{Stranger, attack, is_closed},
     system::{PATIENCE, free_port},
 };
@@ -23,9 +23,6 @@ use parking_lot::Mutex;
 
 /// How long each attack goes on: longer than any deadline for what it does not send.
 const ATTACK: Duration = Duration::from_secs(15);
-/// What an honest user or a probe may wait, the start of `loom` or `curl` included: a second, on a machine that also
-/// attacks and may have other work. A server that is taken down does not answer at all.
-const PROMPT: Duration = Duration::from_secs(3);
 /// By how much the server's memory may grow.
 const GROWTH: u64 = 64 << 20;
 /// The longest that a stranger's connection may stay: a request's body has the longest deadline, 30 s.
@@ -145,28 +142,10 @@ fn server_of(system: &System) -> Result<SocketAddr> {
 
 /// Attacks the server, while an honest user works.
 fn withstands(system: &System, weaver: &Weaver, open: impl Fn(&Stranger) -> Result<TcpStream> + Sync) -> Result<()> {
-    let pid = system.server_pid().context("a server")?;
-    let resident = || memory(pid).map(|memory| memory.resident).context("the server has gone");
-    let before = resident()?;
-    let (mut slowest, mut most) = (Duration::ZERO, before);
-    let streams = attack(server_of(system)?, ATTACK, open, || {
-        let mut timed = |what: &str, act: &dyn Fn() -> Result<()>| -> Result<()> {
-            let start = Instant::now();
-            act().with_context(|| format!("{what} during the attack"))?;
-            slowest = slowest.max(start.elapsed());
-            Ok(())
-        };
-        timed("loom ps", &|| system.run(&["ps"]).map(drop))?;
-        timed("loom ssh", &|| system.run(&["ssh", &weaver.id, "--", "true"]).map(drop))?;
-        timed("the probe", &|| {
-            let answer = system.request(None, "GET", "/readyz", None)?;
-            ensure!(answer.status == 200, "{answer:?}");
-            Ok(())
-        })?;
-        most = most.max(resident()?);
-        Ok(())
-    })?;
-    most = most.max(resident()?);
+    let before = system.server_memory()?.resident;
+    let mut user = HonestUser::new(system, weaver);
+    let streams = attack(server_of(system)?, ATTACK, open, || user.work())?;
+    let (slowest, most) = (user.slowest, user.most_memory.max(system.server_memory()?.resident));
     eprintln!("slowest {slowest:?}, memory from {} to {} MiB, {} connections", before >> 20, most >> 20, streams.len());
     ensure!(streams.len() > 500, "only {} connections were made", streams.len());
     eventually("the strangers' connections to be closed", CLOSED, || Ok(streams.iter().all(is_closed).then_some(())))?;

@@ -1,14 +1,10 @@
-//! How long to wait before another try: from a tenth of a second to two, spread so that many clients do not come at
-//! once.
+//! Exponential backoff with jitter, from a tenth of a second to two seconds.
 
 use std::time::Duration;
 
-/// The first wait.
-const FIRST: Duration = Duration::from_millis(100);
-/// The longest wait.
-const LONGEST: Duration = Duration::from_secs(2);
+const MIN_WAIT: Duration = Duration::from_millis(100);
+const MAX_WAIT: Duration = Duration::from_secs(2);
 
-/// Waits that grow until something works again.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     next: Duration,
@@ -16,7 +12,7 @@ pub(crate) struct Backoff {
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { next: FIRST }
+        Self { next: MIN_WAIT }
     }
 }
 
@@ -27,7 +23,7 @@ impl Backoff {
         tokio::time::sleep(self.step(random)).await;
     }
 
-    /// Starts over with the shortest wait, after a success.
+    /// Starts over with the shortest wait; to be called after a success.
     pub(crate) fn reset(&mut self) {
         *self = Self::default();
     }
@@ -35,7 +31,7 @@ impl Backoff {
     /// Between half of the step and all of it, by `random`; the step then doubles.
     fn step(&mut self, random: u32) -> Duration {
         let step = self.next;
-        self.next = (step * 2).min(LONGEST);
+        self.next = (step * 2).min(MAX_WAIT);
         step / 2 + (step / 2).mul_f64(f64::from(random) / f64::from(u32::MAX))
     }
 }
@@ -45,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_two_seconds_and_begin_anew() {
+    fn waits_double_up_to_two_seconds_and_start_over() {
         let mut backoff = Backoff::default();
         let longest: Vec<u128> = (0..7).map(|_| backoff.step(u32::MAX).as_millis()).collect();
         assert_eq!(longest, [100, 200, 400, 800, 1600, 2000, 2000]);

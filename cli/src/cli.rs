@@ -1,4 +1,4 @@
-//! The tree of commands: what can be typed, and what the help says.
+//! The tree of commands and their help.
 
 use clap::{Args, Parser, Subcommand, builder::styling};
 
@@ -13,7 +13,7 @@ const STYLES: styling::Styles = styling::Styles::styled()
     .literal(styling::AnsiColor::Cyan.on_default().bold())
     .placeholder(styling::AnsiColor::Cyan.on_default());
 
-/// Short-lived, isolated places to work: made in seconds, reached privately, gone when their time is up.
+/// Short-lived, isolated workspaces: created in seconds, reached privately, gone when their time is up.
 #[derive(Debug, Parser)]
 #[command(
     name = "loom",
@@ -23,9 +23,9 @@ const STYLES: styling::Styles = styling::Styles::styled()
     after_help = "\
 Examples:
   loom login --server-url https://loom.example    log in, once
-  loom new --repo https://github.com/me/project   make a weaver and be in it
-  loom ps                                         list yours
-  loom attach 0193f                               come back; a prefix of the id or the name is enough
+  loom new --repo https://github.com/me/project   create a weaver and attach to it
+  loom ps                                         list your weavers
+  loom attach 0193f                               come back; a name or a prefix of the id will do
   loom tunnel up 0193f                            reach its ports from here
   loom ssh 0193f -- make test                     run a command in it
 
@@ -65,7 +65,7 @@ pub(crate) enum Command {
     Logout(logout::Args),
     /// Show who is logged in, and where
     Whoami(whoami::Args),
-    /// Make, list and revoke tokens for programs, such as CI
+    /// Create, list and revoke tokens for programs, such as CI
     Token(token::Args),
     /// Let ssh, scp, sftp, rsync and editors reach weavers as ID.loom
     SshConfig(ssh_config::Args),
@@ -80,7 +80,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Make a weaver, and be in it
+    /// Create a weaver and attach to it
     New(new::Args),
     /// List weavers
     #[command(visible_alias = "list")]
@@ -97,21 +97,21 @@ pub(crate) enum Verb {
     Logs(logs::Args),
     /// Show what happened to a weaver, and why
     Events(events::Args),
-    /// Move a weaver's end
+    /// Extend a weaver's lifetime
     Extend(extend::Args),
-    /// End weavers at once, and remove their data
+    /// Delete weavers at once, with their data
     #[command(visible_alias = "rm")]
     Delete(delete::Args),
 }
 
 impl Command {
-    /// Whether the command may make the terminal raw, which must be undone whatever ends it.
+    /// Whether the command may put the terminal in raw mode, which must be undone however it ends.
     pub(crate) const fn takes_the_terminal(&self) -> bool {
         let (Self::Verb(verb) | Self::Weaver { verb }) = self else { return false };
         matches!(verb, Verb::New(_) | Verb::Attach(_) | Verb::Ssh(_) | Verb::Exec(_))
     }
 
-    /// Whether the exit code is that of a program in the weaver, so that failures of our own must be told apart by 255.
+    /// Whether the exit code is that of a program in the weaver, so that our own failures need a distinct one, 255.
     pub(crate) const fn returns_a_remote_code(&self) -> bool {
         matches!(self, Self::Verb(Verb::Ssh(_) | Verb::Exec(_)) | Self::Weaver { verb: Verb::Ssh(_) | Verb::Exec(_) })
     }
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tree_is_sound() {
+    fn clap_accepts_the_tree() {
         Cli::command().debug_assert();
     }
 

@@ -1,4 +1,4 @@
-//! Completion of weaver ids: what the server knows, if it says so fast enough.
+//! Shell completion of weaver ids and names, from the server if it answers fast enough.
 
 use std::time::Duration;
 
@@ -7,17 +7,17 @@ use loom_api::weaver::Weaver;
 
 use crate::{cli::GlobalArgs, context::Context};
 
-/// How long a person who has pressed Tab waits at most.
-const PATIENCE: Duration = Duration::from_millis(1500);
+/// The longest that Tab may block the shell.
+const TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// Names and ids of the live weavers; none when anything is in the way, because there is nobody to tell.
+/// Names and ids of the live weavers; none on any error, as there is no way to report it.
 pub(crate) fn weavers() -> Vec<CompletionCandidate> {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
     let listed = runtime.block_on(async {
         let client = Context::load(&GlobalArgs::default()).ok()?.client().ok()?;
-        tokio::time::timeout(PATIENCE, client.get::<Vec<Weaver>>("/api/weavers")).await.ok()?.ok()
+        tokio::time::timeout(TIMEOUT, client.get::<Vec<Weaver>>("/api/weavers")).await.ok()?.ok()
     });
-    // A name that is still being looked up must not keep the shell waiting.
+    // A DNS lookup that is still running must not block the shell.
     runtime.shutdown_background();
     listed.unwrap_or_default().into_iter().flat_map(candidates).collect()
 }

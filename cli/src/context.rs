@@ -1,8 +1,8 @@
-//! What every command starts from: the settings, and the client of the server.
+//! What every command starts from: the settings, and the client for the server.
 //!
 //! A setting comes from the command line, else from `LOOM_*` in the environment, else from
-//! `$XDG_CONFIG_HOME/loom/config.toml`, else it has its default. All of it is read before anything starts, and a key
-//! that nobody knows is an error. The server, if nothing names one, is the one of the last `loom login`.
+//! `$XDG_CONFIG_HOME/loom/config.toml`, else it has its default. All are read before anything starts, and an unknown key
+//! is an error. The default server is that of the last `loom login`.
 
 use std::{
     env, fs, io,
@@ -18,32 +18,29 @@ use crate::{
     error::{CliError, Exit},
 };
 
-/// The settings file, below the configuration directory.
 const SETTINGS_FILE: &str = "config.toml";
 
-/// The settings that a file or the environment can give.
+/// The settings from the file and the environment.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Settings {
-    /// The server's address.
     pub(crate) server_url: Option<String>,
-    /// The image of new weavers; the server's default otherwise.
+    /// The image of new weavers; by default the server's.
     pub(crate) image: Option<String>,
-    /// The organisation of new weavers, by name or id; the personal one otherwise.
+    /// The organisation of new weavers, by name or id; by default the personal one.
     pub(crate) org: Option<String>,
-    /// The life of new weavers, as `--ttl` takes it.
+    /// The lifetime of new weavers, in the form of `--ttl`.
     pub(crate) ttl: Option<String>,
-    /// The keys that leave an attached terminal, as `--detach-keys` takes them.
+    /// The keys that detach from a terminal, in the form of `--detach-keys`.
     pub(crate) detach_keys: Option<String>,
 }
 
-/// The settings and where things are kept.
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) settings: Settings,
-    /// From `LOOM_TOKEN`: goes before what is kept.
+    /// From `LOOM_TOKEN`; takes precedence over stored tokens.
     token: Option<Secret>,
-    /// `$XDG_CONFIG_HOME/loom`; `None` when there is neither that nor a home.
+    /// `$XDG_CONFIG_HOME/loom`; `None` if neither that variable nor `HOME` is set.
     directory: Option<PathBuf>,
 }
 
@@ -52,7 +49,7 @@ impl Context {
     ///
     /// # Errors
     ///
-    /// When the settings file cannot be read or holds something unknown.
+    /// When the settings file cannot be read or has an unknown key.
     pub(crate) fn load(flags: &GlobalArgs) -> Result<Self, CliError> {
         Self::from_parts(flags, |name| env::var(name).ok())
     }
@@ -75,28 +72,24 @@ impl Context {
         Ok(Self { settings, token, directory })
     }
 
-    /// The server's address, without a slash at its end.
+    /// The server's URL, without a trailing slash.
     ///
     /// # Errors
     ///
-    /// When nothing names one: nobody has logged in yet.
+    /// When no setting names one and there was no login.
     pub(crate) fn server_url(&self) -> Result<String, CliError> {
         let url = match &self.settings.server_url {
             Some(url) => Some(url.clone()),
             None => self.credentials()?.default_server().map(str::to_owned),
         };
         let url = url.ok_or_else(|| {
-            CliError::new(Exit::NOT_LOGGED_IN, "no server is known: nobody has logged in yet")
+            CliError::new(Exit::NOT_LOGGED_IN, "no server is known: you have not logged in yet")
                 .hint("log in with: loom login --server-url https://YOUR-SERVER")
         })?;
         Ok(url.trim_end_matches('/').to_owned())
     }
 
     /// The bearer token for the server.
-    ///
-    /// # Errors
-    ///
-    /// When there is none.
     pub(crate) fn token(&self) -> Result<Secret, CliError> {
         let url = self.server_url()?;
         let kept = match &self.token {
@@ -109,19 +102,19 @@ impl Context {
         })
     }
 
-    /// Whether the token is `LOOM_TOKEN`'s.
+    /// Whether the token comes from `LOOM_TOKEN`.
     pub(crate) const fn token_is_from_environment(&self) -> bool {
         self.token.is_some()
     }
 
-    /// The authorities that the user trusts for the server, in PEM; empty when only the system's count.
+    /// The CA certificates (PEM) that the user trusts for the server, besides the system's.
     ///
     /// # Errors
     ///
-    /// When no server is known, or what is kept cannot be read.
+    /// When no server is known, or the credentials cannot be read.
     pub(crate) fn authorities(&self) -> Result<String, CliError> {
         let url = self.server_url()?;
-        // Whoever brings the token and the server along may have no place where anything is kept.
+        // With the token and the server in the environment, there may be no readable home directory.
         match self.credentials() {
             Ok(credentials) => Ok(credentials.authorities(&url).to_owned()),
             Err(_) if self.token.is_some() => Ok(String::new()),
@@ -129,29 +122,17 @@ impl Context {
         }
     }
 
-    /// A client that may do what the user may.
-    ///
-    /// # Errors
-    ///
-    /// When nobody is logged in, or the server's address cannot be used.
+    /// A client with the user's token.
     pub(crate) fn client(&self) -> Result<Client, CliError> {
         Ok(Client::trusting(&self.server_url()?, Some(self.token()?), &self.authorities()?)?)
     }
 
     /// A client without a token.
-    ///
-    /// # Errors
-    ///
-    /// When no server is known or its address cannot be used.
     pub(crate) fn anonymous_client(&self) -> Result<Client, CliError> {
         Ok(Client::trusting(&self.server_url()?, None, &self.authorities()?)?)
     }
 
-    /// The tokens that are kept.
-    ///
-    /// # Errors
-    ///
-    /// When their file cannot be read, or others can read it.
+    /// See [`Credentials::read`].
     pub(crate) fn credentials(&self) -> Result<Credentials, CliError> {
         match &self.directory {
             Some(directory) => Credentials::read(directory),
@@ -159,20 +140,16 @@ impl Context {
         }
     }
 
-    /// Where settings and tokens are kept.
-    ///
-    /// # Errors
-    ///
-    /// When there is no home.
+    /// The directory of settings and credentials.
     pub(crate) fn directory(&self) -> Result<&Path, CliError> {
         self.directory.as_deref().ok_or_else(|| {
-            CliError::failure("there is no place for settings: neither XDG_CONFIG_HOME nor HOME is set")
+            CliError::failure("no directory for settings: neither XDG_CONFIG_HOME nor HOME is set")
                 .hint("set HOME, or give the token in LOOM_TOKEN and the server in LOOM_SERVER_URL")
         })
     }
 }
 
-/// `$XDG_CONFIG_HOME/loom`, else `~/.config/loom`. A relative path is to be ignored (XDG Base Directory Specification).
+/// `$XDG_CONFIG_HOME/loom`, else `~/.config/loom`. The XDG Base Directory Specification says to ignore relative paths.
 fn configuration_directory(variable: &impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
     let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")))?;
@@ -214,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_goes_before_the_environment_before_the_file() {
+    fn flags_override_the_environment_which_overrides_the_file() {
         let directory = configured("server_url = \"https://file.example/\"\nttl = \"2\"\n");
         let url = |flag, variables: &[(&str, &str)]| {
             load(directory.path(), flag, variables).expect("loads").server_url().expect("a server")

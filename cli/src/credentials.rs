@@ -1,11 +1,11 @@
-//! What `loom login` keeps of each server, in a file that only its user can read: the token, and the authorities that
-//! sign its certificate when `--ca` named some.
+//! What `loom login` stores for each server, in a file that only its user can read: the token, and the CA certificates
+//! given with `--ca`.
 //!
-//! Authorities are kept as they are, not as the name of a file: that could be moved, or changed by somebody else, and
-//! the daemon has another working directory.
+//! The certificates themselves are stored, not the path of their file: the file could be moved or changed by somebody
+//! else, and the daemon has another working directory.
 //!
-//! `credentials.toml` is written anew and put in place by a rename, so that a crash leaves the old one or the new one.
-//! A file that others can read is refused rather than mended: its tokens must be taken for known.
+//! `credentials.toml` is replaced by a rename, so that a crash leaves either the old or the new one. A file that others
+//! can read is refused, not repaired: its tokens must be considered leaked.
 
 use std::{
     collections::BTreeMap,
@@ -20,19 +20,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{CliError, Result};
 
-/// The file, below the configuration directory.
 const FILE: &str = "credentials.toml";
-/// More than any number of servers needs.
+/// Far more than the entries of all servers need.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// What the file holds.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Credentials {
     /// The server of the last login.
     #[serde(skip_serializing_if = "Option::is_none")]
     default_server: Option<String>,
-    /// By the server's address.
+    /// By the server's URL.
     servers: BTreeMap<String, Server>,
 }
 
@@ -42,17 +40,17 @@ struct Server {
     /// None after a logout.
     #[serde(skip_serializing_if = "Option::is_none")]
     token: Option<Secret>,
-    /// Certificates in PEM.
+    /// CA certificates in PEM, trusted besides the system's.
     #[serde(skip_serializing_if = "String::is_empty")]
     authorities: String,
 }
 
 impl Credentials {
-    /// Reads the tokens kept in `directory`; none when there is no file.
+    /// Reads the file in `directory`; empty if there is none.
     ///
     /// # Errors
     ///
-    /// When the file cannot be read or understood, is somebody else's, or others can read it.
+    /// When the file cannot be read or parsed, belongs to another user, or others can read it.
     pub(crate) fn read(directory: &Path) -> Result<Self> {
         let path = directory.join(FILE);
         let shown = path.display();
@@ -63,18 +61,18 @@ impl Credentials {
         };
         if metadata.mode() & 0o077 != 0 {
             return Err(CliError::failure(format!("cannot use {shown}: other users can read it"))
-                .hint(format!("run: chmod 600 {shown} (and log in anew if others use this machine)")));
+                .hint(format!("run: chmod 600 {shown} (and log in again if other people use this machine)")));
         }
         if metadata.uid() != rustix::process::geteuid().as_raw() {
             return Err(CliError::failure(format!("cannot use {shown}: it belongs to another user"))
                 .hint("remove it, and log in again with: loom login"));
         }
         if metadata.len() > MAX_BYTES {
-            return Err(CliError::failure(format!("cannot use {shown}: it is too large to be ours")));
+            return Err(CliError::failure(format!("cannot use {shown}: it is too large")));
         }
         let text =
             fs::read_to_string(&path).map_err(|error| CliError::failure(format!("cannot read {shown}: {error}")))?;
-        // The parser's own message would quote the line, and with it perhaps a token.
+        // The parser's message would quote the line, which may contain a token.
         toml::from_str(&text).map_err(|_| {
             CliError::failure(format!("cannot use {shown}: it is damaged"))
                 .hint("remove it, and log in again with: loom login")
@@ -86,29 +84,28 @@ impl Credentials {
         self.default_server.as_deref()
     }
 
-    /// The token for the server at `url`.
     pub(crate) fn token(&self, url: &str) -> Option<Secret> {
         self.servers.get(url)?.token.clone()
     }
 
-    /// The authorities that the user trusts for the server at `url`, in PEM; empty when only the system's count.
+    /// The CA certificates (PEM) that the user trusts for the server at `url`, besides the system's.
     pub(crate) fn authorities(&self, url: &str) -> &str {
         self.servers.get(url).map_or("", |server| &server.authorities)
     }
 
-    /// Trusts `authorities`, in PEM, for the server at `url`, and no others that were kept for it.
+    /// Replaces the CA certificates (PEM) that are trusted for the server at `url`.
     pub(crate) fn trust(&mut self, url: &str, authorities: &str) {
         authorities.clone_into(&mut self.servers.entry(url.to_owned()).or_default().authorities);
     }
 
-    /// Keeps a token, and makes its server the default.
+    /// Stores a token, and makes its server the default.
     pub(crate) fn remember(&mut self, url: &str, token: Secret) {
         self.servers.entry(url.to_owned()).or_default().token = Some(token);
         self.default_server = Some(url.to_owned());
     }
 
-    /// Drops a server's token. The server stays the default and its authorities trusted, so that `loom login` alone is
-    /// enough to come back.
+    /// Removes a server's token. The server stays the default and its CA certificates trusted, so that a bare `loom login`
+    /// is enough to come back.
     pub(crate) fn forget(&mut self, url: &str) {
         if let Some(server) = self.servers.get_mut(url) {
             server.token = None;
@@ -116,11 +113,6 @@ impl Credentials {
         self.servers.retain(|_, server| server.token.is_some() || !server.authorities.is_empty());
     }
 
-    /// Writes the file.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be written.
     pub(crate) fn write(&self, directory: &Path) -> Result<()> {
         let path = directory.join(FILE);
         let text = zeroize::Zeroizing::new(
@@ -135,7 +127,7 @@ impl Credentials {
 fn write_private(directory: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let temporary: PathBuf = directory.join(format!(".{FILE}.{}", std::process::id()));
-    // Left by a process of the same number that was killed.
+    // Left by a killed process that had the same process id.
     let _ = fs::remove_file(&temporary);
     let written = (|| {
         let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;

@@ -6,14 +6,13 @@ use loom_api::Secret;
 
 use crate::{error::CliError, output};
 
-/// Words in a name that say its value is not for everybody's eyes.
+/// Words in a variable's name that suggest a secret value.
 const SECRET_WORDS: [&str; 8] = ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "KEY", "APIKEY", "CREDENTIALS", "CREDENTIAL"];
 
-/// One `-e`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct EnvArg {
     name: String,
-    /// From the command line; from this process's environment when there is none.
+    /// From the command line; without one it is taken from this process's environment.
     value: Option<Secret>,
 }
 
@@ -33,8 +32,8 @@ impl FromStr for EnvArg {
 }
 
 impl EnvArg {
-    /// Whether a secret seems to stand in the command line, where every process on the machine can read it.
-    fn shows_a_secret(&self) -> bool {
+    /// Whether a secret seems to be on the command line, where every process on the machine can read it.
+    fn exposes_secret(&self) -> bool {
         self.value.is_some()
             && self
                 .name
@@ -43,26 +42,26 @@ impl EnvArg {
     }
 }
 
-/// All variables with their values; warns of secrets in the command line.
+/// All variables with their values. Warns about secrets on the command line.
 ///
 /// # Errors
 ///
-/// When a value is to come from the environment, and is not there.
+/// When a value is to come from the environment but is not set there.
 pub(crate) fn collect(args: &[EnvArg]) -> Result<BTreeMap<String, Secret>, CliError> {
     let mut all = BTreeMap::new();
     for arg in args {
-        if arg.shows_a_secret() {
+        if arg.exposes_secret() {
             let name = &arg.name;
             output::warning(&format!(
-                "the value of {name} stands in the command line, where other programs and the shell's history see it; \
-                 `-e {name}` alone takes it from the environment"
+                "the value of {name} is on the command line, visible to other programs and in the shell's history; \
+                 use `-e {name}` to take it from the environment"
             ));
         }
         let value = match &arg.value {
             Some(value) => value.clone(),
             None => env::var(&arg.name).map(Secret::from).map_err(|_| {
                 CliError::usage(format!(
-                    "cannot set {0}: -e {0} takes its value from the environment, where it is not set",
+                    "cannot set {0}: `-e {0}` takes its value from the environment, but it is not set there",
                     arg.name
                 ))
             })?,
@@ -85,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn only_names_that_say_secret_are_warned_of() {
+    fn names_that_suggest_a_secret_cause_a_warning() {
         for (text, shown) in [
             ("GITHUB_TOKEN=x", true),
             ("api_key=x", true),
@@ -94,7 +93,7 @@ mod tests {
             ("COLOUR=green", false),
             ("GITHUB_TOKEN", false),
         ] {
-            assert_eq!(text.parse::<EnvArg>().expect("parses").shows_a_secret(), shown, "{text}");
+            assert_eq!(text.parse::<EnvArg>().expect("parses").exposes_secret(), shown, "{text}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! How a command fails: once, in words (what, why, what to do next), and with an exit code that programs can rely on.
+//! How a command fails: with one message (what, why, what to do next) and an exit code that programs can rely on.
 
 use std::{fmt, io};
 
@@ -7,35 +7,34 @@ use loom_api::{
     client::{ClientError, ConnectionFailure},
 };
 
-/// What the process ends with.
+/// The exit code of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit(pub(crate) u8);
 
 impl Exit {
-    /// All went well.
     pub(crate) const OK: Self = Self(0);
-    /// Something failed that has no code of its own.
+    /// Any failure without a code of its own.
     pub(crate) const FAILURE: Self = Self(1);
     /// The command line or a setting is wrong.
     pub(crate) const USAGE: Self = Self(2);
-    /// No token, or one that the server does not accept.
+    /// There is no token, or the server does not accept it.
     pub(crate) const NOT_LOGGED_IN: Self = Self(4);
-    /// No weaver of that id or name.
+    /// There is no weaver with that id or name.
     pub(crate) const NO_SUCH_WEAVER: Self = Self(5);
     /// The weaver has ended.
     pub(crate) const GONE: Self = Self(6);
-    /// Somebody did not answer in time.
+    /// The server, the weaver or the daemon did not answer in time.
     pub(crate) const TIMED_OUT: Self = Self(7);
-    /// As many as are allowed are there already.
+    /// A limit is reached: weavers, tokens or connections.
     pub(crate) const OVER_LIMIT: Self = Self(8);
     /// Interrupted by Ctrl+C: 128 + SIGINT.
     pub(crate) const INTERRUPTED: Self = Self(130);
-    /// The reader of the output has gone: 128 + SIGPIPE, as for a program that the signal ends.
+    /// Nobody reads our output any more: 128 + SIGPIPE.
     pub(crate) const OUTPUT_CLOSED: Self = Self(141);
-    /// `ssh` and `exec` could not reach the program whose code they would return.
+    /// `ssh` or `exec` failed before there was a remote exit code to return.
     pub(crate) const CONNECTION: Self = Self(255);
 
-    /// The code that goes with an error of the API.
+    /// The exit code for an error of the API.
     pub(crate) const fn of(code: ErrorCode) -> Self {
         match code {
             ErrorCode::Unauthorized => Self::NOT_LOGGED_IN,
@@ -47,7 +46,7 @@ impl Exit {
         }
     }
 
-    /// The code of a program that ended in a weaver: its own, of which the system keeps eight bits.
+    /// The exit code of a program in a weaver; the operating system keeps eight bits of it.
     pub(crate) const fn of_program(code: i32) -> Self {
         Self((code & 0xff) as u8)
     }
@@ -59,26 +58,24 @@ impl From<Exit> for std::process::ExitCode {
     }
 }
 
-/// What commands return.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
 
-/// Why a command did not do what it was asked to. Printed once, by `main`.
+/// Why a command failed. `main` prints it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CliError {
     exit: Exit,
     message: String,
     hint: Option<String>,
-    /// The outcome was told already, or there is nobody left to tell.
+    /// Nothing is printed: the user knows already, or nobody reads it.
     silent: bool,
 }
 
 impl CliError {
-    /// An error with what failed and why: `what: why`, without a full stop.
+    /// `message` says what failed and why, as `what: why` without a full stop.
     pub(crate) fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self { exit, message: message.into(), hint: None, silent: false }
     }
 
-    /// A failure without a code of its own.
     pub(crate) fn failure(message: impl Into<String>) -> Self {
         Self::new(Exit::FAILURE, message)
     }
@@ -88,7 +85,7 @@ impl CliError {
         Self::new(Exit::USAGE, message)
     }
 
-    /// Standard output cannot be written. That its reader has gone (`loom ps | head -1`) needs no words.
+    /// Standard output cannot be written. A closed pipe (`loom ps | head -1`) is not worth a message.
     pub(crate) fn output(error: &io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {
             Self::silent(Exit::OUTPUT_CLOSED)
@@ -97,7 +94,7 @@ impl CliError {
         }
     }
 
-    /// Ends with a code and without a word: all was said already.
+    /// Ends with an exit code and prints nothing.
     pub(crate) const fn silent(exit: Exit) -> Self {
         Self { exit, message: String::new(), hint: None, silent: true }
     }
@@ -109,31 +106,29 @@ impl CliError {
         self
     }
 
-    /// Puts what was being done before why it failed.
+    /// Prepends what was being done: `what: why`.
     #[must_use]
     pub(crate) fn doing(mut self, what: impl fmt::Display) -> Self {
         self.message = format!("{what}: {}", self.message);
         self
     }
 
-    /// The same failure with another code.
     #[must_use]
     pub(crate) const fn with_exit(mut self, exit: Exit) -> Self {
         self.exit = exit;
         self
     }
 
-    /// What the process ends with.
     pub(crate) const fn exit(&self) -> Exit {
         self.exit
     }
 
-    /// What to do next, if that is known.
-    pub(crate) fn advice(&self) -> Option<&str> {
+    /// What to do next.
+    pub(crate) fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
-    /// The lines for standard error; none when all was said.
+    /// The lines for standard error; empty for a silent error.
     pub(crate) fn lines(&self, colour: bool) -> String {
         if self.silent {
             return String::new();
@@ -185,13 +180,13 @@ impl From<io::Error> for CliError {
     }
 }
 
-/// What to do about a connection that did not come about.
+/// What to do when connecting failed.
 const fn connection_hint(failure: ConnectionFailure) -> &'static str {
     match failure {
         ConnectionFailure::Refused => "check that the server runs, and the port in its address",
         ConnectionFailure::UnknownHost => "check the spelling of the server's name, and that you are online",
         ConnectionFailure::UnknownIssuer => {
-            "if you trust the server's own authority, give its certificate once: loom login --ca FILE \
+            "if you trust the CA of this server, give its certificate once: loom login --ca FILE \
              (programs: SSL_CERT_FILE=FILE)"
         }
         ConnectionFailure::WrongName => {
@@ -208,7 +203,7 @@ const fn connection_hint(failure: ConnectionFailure) -> &'static str {
     }
 }
 
-/// What to do about errors for which the server gave no hint.
+/// What to do if the server's answer has no hint.
 const fn hint_for(code: ErrorCode) -> Option<&'static str> {
     match code {
         ErrorCode::Unauthorized => Some("log in with: loom login"),
@@ -224,9 +219,9 @@ const fn hint_for(code: ErrorCode) -> Option<&'static str> {
     }
 }
 
-/// Puts what was being done before an error.
+/// Adds context to an error.
 pub(crate) trait Doing<T> {
-    /// `what: why`.
+    /// Prepends what was being done: `what: why`.
     fn doing(self, what: impl fmt::Display) -> Result<T>;
 }
 
@@ -280,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_left_is_no_news() {
+    fn a_broken_pipe_is_silent() {
         let error = CliError::output(&io::ErrorKind::BrokenPipe.into());
         assert_eq!((error.exit(), error.lines(false).as_str()), (Exit::OUTPUT_CLOSED, ""));
     }

@@ -1,5 +1,4 @@
-//! A weaver's events as they come, whatever becomes of the connection: a broken one is replaced, and goes on where it
-//! was.
+//! A weaver's events as they come. A broken connection is replaced, and the stream continues after the last event.
 
 use std::{pin::Pin, time::Duration};
 
@@ -15,12 +14,11 @@ use crate::{
     error::{CliError, Result},
 };
 
-/// After so long without an event the connection is replaced: it may have died without a word.
-const QUIET: Duration = Duration::from_secs(60);
+/// A connection without an event for this long is replaced: it may be dead without any sign of it.
+const QUIET_TIMEOUT: Duration = Duration::from_secs(60);
 
 type Events = Pin<Box<dyn Stream<Item = Result<WeaverEvent, ClientError>> + Send>>;
 
-/// One weaver's events, from the oldest on.
 pub(crate) struct EventStream {
     client: Client,
     weaver: WeaverId,
@@ -30,16 +28,16 @@ pub(crate) struct EventStream {
 }
 
 impl EventStream {
-    /// All events of a weaver. Connects with the first [`Self::next`].
+    /// All events of a weaver, from the oldest. Connects at the first [`Self::next`].
     pub(crate) fn new(client: Client, weaver: WeaverId) -> Self {
         Self { client, weaver, after: 0, open: None, backoff: Backoff::default() }
     }
 
-    /// The next event, however long it takes.
+    /// Waits for the next event, however long it takes.
     ///
     /// # Errors
     ///
-    /// When the server says that there will be none: the weaver or the login is no more.
+    /// When there will be none: the weaver is gone, or the login is no longer valid.
     pub(crate) async fn next(&mut self) -> Result<WeaverEvent> {
         loop {
             let Some(events) = &mut self.open else {
@@ -52,7 +50,7 @@ impl EventStream {
                 }
                 continue;
             };
-            match tokio::time::timeout(QUIET, events.next()).await {
+            match tokio::time::timeout(QUIET_TIMEOUT, events.next()).await {
                 Ok(Some(Ok(event))) => {
                     self.backoff.reset();
                     self.after = event.id;
@@ -73,7 +71,7 @@ impl EventStream {
     }
 }
 
-/// Whether another try would end the same.
+/// Whether a retry would fail the same way.
 pub(crate) fn is_final(error: &ClientError) -> bool {
     match error {
         ClientError::BadUrl { .. } => true,

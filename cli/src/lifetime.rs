@@ -1,14 +1,12 @@
-//! Lifetimes as people write them: `4` and `1.5` are hours, `30m`, `90s` and `1h30m` say their units.
+//! Lifetimes as people write them: `4` and `1.5` are hours; `30m`, `90s` and `1h30m` have units.
 
 use jiff::SignedDuration;
 
-/// Reads a lifetime; hours.
-///
-/// Only nonsense is refused here. What is too long is the server's to say: its limit is a setting.
+/// Parses a lifetime into hours. The maximum is for the server to enforce.
 ///
 /// # Errors
 ///
-/// In words, when it is no duration above zero.
+/// When it is not a duration above zero.
 pub(crate) fn parse(text: &str) -> Result<f64, String> {
     let hours = match text.parse::<f64>() {
         Ok(hours) => Some(hours),
@@ -21,13 +19,13 @@ pub(crate) fn parse(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A lifetime with its units, such as `1h 30m`; hours come in.
-pub(crate) fn in_words(hours: f64) -> String {
+/// Formats hours with units, such as `1h 30m`.
+pub(crate) fn format(hours: f64) -> String {
     let lifetime = SignedDuration::try_from_secs_f64((hours * 3600.0).round()).unwrap_or(SignedDuration::MAX);
     format!("{lifetime:#}")
 }
 
-/// One number for each unit, the larger unit first.
+/// Numbers with units, in descending order of the units.
 fn with_units(text: &str) -> Option<f64> {
     let mut rest = text.trim();
     let mut hours = 0.0;
@@ -57,9 +55,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lifetimes_are_told_with_units() {
+    fn lifetimes_are_formatted_with_units() {
         for (hours, text) in [(4.0, "4h"), (1.5, "1h 30m"), (6.0 / 3600.0, "6s"), (48.0, "48h")] {
-            assert_eq!(in_words(hours), text);
+            assert_eq!(format(hours), text);
         }
     }
 

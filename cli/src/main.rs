@@ -1,9 +1,9 @@
 //! `loom`: the command line of Loom weavers.
 //!
-//! [`cli`] is the tree of commands and what their help says; `commands/` holds one file for each. [`context`] has the
-//! settings and makes the client of the server, [`credentials`] keeps the tokens. What commands print goes through
-//! [`output`], how they fail is [`error`], and [`terminal`] puts the user's terminal back whatever happens. `daemon/`
-//! is the background process that owns the tunnel, and `ssh/` the built-in SSH client that goes through it.
+//! [`cli`] is the tree of commands and their help; `commands/` has a file for each. [`context`] has the settings and
+//! makes the server's client, [`credentials`] stores the tokens. Commands print through [`output`] and fail with
+//! [`error`], and [`terminal`] restores the user's terminal whatever happens. `daemon/` is the background process that
+//! owns the tunnels, and `ssh/` the built-in SSH client that goes through it.
 
 mod backoff;
 mod cli;
@@ -33,7 +33,7 @@ use crate::{
 };
 
 fn main() -> ExitCode {
-    // Does nothing unless a shell's completion script asks.
+    // Does nothing unless called by a shell's completion script.
     CompleteEnv::with_factory(Cli::command).complete();
     let cli = Cli::parse();
     terminal::install_panic_hook();
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         output::error(&error);
         error.exit()
     });
-    // A thread may wait for a key that nobody will press.
+    // A thread may still be blocked reading the keyboard.
     runtime.shutdown_background();
     exit.into()
 }
@@ -58,12 +58,12 @@ async fn run(cli: Cli) -> Result<Exit, CliError> {
     let result = async {
         let context = Context::load(&cli.global)?;
         if !cli.command.takes_the_terminal() {
-            return commands::run(&context, &cli.command).await; // signals end it as they do by default
+            return commands::run(&context, &cli.command).await; // signals have their default effect
         }
         tokio::select! {
             result = commands::run(&context, &cli.command) => result,
-            // Dropping the command puts the terminal back.
-            exit = terminal::ended_from_outside() => Err(CliError::silent(exit)),
+            // Dropping the command restores the terminal.
+            exit = terminal::termination_signal() => Err(CliError::silent(exit)),
         }
     }
     .await;

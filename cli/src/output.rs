@@ -1,8 +1,7 @@
 //! What commands print: data on standard output, everything else on standard error.
 //!
-//! Writing reports its errors, so that `loom ps | head -1` ends quietly; `println!` would panic there. Text that comes
-//! from servers and weavers is made [`printable`] first: nobody writes to another's terminal through a name or a
-//! reason.
+//! Write errors are returned, so that `loom ps | head -1` ends quietly; `println!` would panic there. Text from servers
+//! and weavers is made [`printable`] first, so that no name or reason can send control sequences to the terminal.
 
 use std::{
     borrow::Cow,
@@ -58,36 +57,36 @@ fn all_escaped(json: String) -> String {
     })
 }
 
-/// Tells something that is not data. That standard error is closed is nobody's concern.
+/// Prints a message that is not data. Ignores a closed standard error.
 pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{}", printable(text));
 }
 
-/// Warns about something that goes on nevertheless.
+/// Prints a warning.
 pub(crate) fn warning(text: &str) {
     let (start, end) = if colour_on_stderr() { ("\x1b[1;33m", "\x1b[0m") } else { ("", "") };
     let _ = writeln!(io::stderr().lock(), "{start}warning:{end} {}", printable(text));
 }
 
-/// Prints an error's lines.
 pub(crate) fn error(error: &CliError) {
     let _ = io::stderr().lock().write_all(error.lines(colour_on_stderr()).as_bytes());
 }
 
-/// Whether standard error shows colours.
+/// Whether to use colours on standard error.
 pub(crate) fn colour_on_stderr() -> bool {
     colour(io::stderr().is_terminal(), |name| env::var_os(name).is_some_and(|value| !value.is_empty()))
 }
 
-/// `NO_COLOR` (no-color.org) forbids, `CLICOLOR_FORCE` (bixense.com/clicolors) forces, a terminal decides otherwise.
+/// `NO_COLOR` (no-color.org) turns colours off and `CLICOLOR_FORCE` (bixense.com/clicolors) on; by default terminals get
+/// them.
 fn colour(terminal: bool, set: impl Fn(&str) -> bool) -> bool {
     !set("NO_COLOR") && (set("CLICOLOR_FORCE") || terminal)
 }
 
-/// The text without characters that a terminal would obey.
+/// Replaces control characters, except line breaks and tabs.
 pub(crate) fn printable(text: &str) -> Cow<'_, str> {
-    let obeyed = |c: char| c.is_control() && c != '\n' && c != '\t';
-    if text.contains(obeyed) { Cow::Owned(text.replace(obeyed, "\u{fffd}")) } else { Cow::Borrowed(text) }
+    let control = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if text.contains(control) { Cow::Owned(text.replace(control, "\u{fffd}")) } else { Cow::Borrowed(text) }
 }
 
 /// Rows under a header, in columns as wide as their widest cell, two spaces apart.
@@ -113,14 +112,14 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Hours as people write them: `4h`, `1.5h`, and two digits where one would show nothing: `0.02h`.
+/// Formats hours: `4h`, `1.5h`, and `0.02h` with two digits where one would show zero.
 pub(crate) fn hours(hours: f64) -> String {
     let hours = hours.max(0.0);
     let text = if hours < 0.1 { format!("{hours:.2}") } else { format!("{hours:.1}") };
     format!("{}h", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
-/// A short duration as people write it: `0.4s`, `1m 5s`.
+/// Formats a short duration: `0.4s`, `1m 5s`.
 pub(crate) fn seconds(seconds: f64) -> String {
     let seconds = seconds.max(0.0);
     if seconds < 59.95 {

@@ -1,5 +1,4 @@
-//! Progress on standard error: a line for each stage that is done, and on a terminal a spinner for the one that goes
-//! on.
+//! Progress on standard error: a line for each finished stage, and on a terminal a spinner for the current one.
 
 use std::{
     io::{self, IsTerminal as _},
@@ -10,12 +9,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::output;
 
-/// How wide the names of stages are.
+/// The width of the column of stage names.
 const NAME_WIDTH: usize = 22;
-/// Between two frames of the spinner.
+/// Between frames of the spinner.
 const TICK: Duration = Duration::from_millis(100);
 
-/// What a person sees while a command waits. Leaves no spinner behind when dropped.
+/// The progress of a command. Removes the spinner when dropped.
 pub(crate) struct Progress {
     spinner: Option<ProgressBar>,
     colour: bool,
@@ -35,7 +34,7 @@ impl Progress {
         Self { spinner, colour: output::colour_on_stderr() }
     }
 
-    /// Says what is waited for now.
+    /// Sets the spinner's text.
     pub(crate) fn waiting_for(&self, what: &str) {
         if let Some(spinner) = &self.spinner {
             spinner.reset_elapsed();
@@ -43,13 +42,13 @@ impl Progress {
         }
     }
 
-    /// A stage is done after so many seconds.
+    /// Prints a finished stage with its duration.
     pub(crate) fn done(&self, stage: &str, seconds: f64) {
-        self.say(&stage_line(stage, seconds, self.colour));
+        self.print_line(&stage_line(stage, seconds, self.colour));
     }
 
     /// Prints a line above the spinner.
-    pub(crate) fn say(&self, line: &str) {
+    pub(crate) fn print_line(&self, line: &str) {
         match &self.spinner {
             Some(spinner) => spinner.suspend(|| eprint_line(line)),
             None => eprint_line(line),
@@ -72,7 +71,7 @@ impl Drop for Progress {
 
 fn eprint_line(line: &str) {
     use std::io::Write as _;
-    // Nobody is there to be told that nobody is there.
+    // There is no way to report that standard error is closed.
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 

@@ -1,4 +1,4 @@
-//! `loom completion`: the script that teaches a shell to complete `loom`, weaver ids included.
+//! `loom completion`: the script for a shell to complete `loom` commands, including weaver ids.
 
 use clap::ValueEnum;
 use clap_complete::env::{Bash, Elvish, EnvCompleter, Fish, Powershell, Zsh};
@@ -8,7 +8,7 @@ use crate::{
     output,
 };
 
-/// The variable by which the scripts ask this program; `CompleteEnv`'s own.
+/// The environment variable in which the scripts name the shell; `CompleteEnv`'s default.
 const VARIABLE: &str = "COMPLETE";
 
 /// Prints the completion script of a shell.

@@ -1,4 +1,4 @@
-//! `loom delete`: ends weavers at once.
+//! `loom delete`.
 
 use std::io::{BufRead as _, Write as _};
 
@@ -12,26 +12,26 @@ use crate::{
     output, terminal,
 };
 
-/// Ends weavers at once, and removes their data.
+/// Deletes weavers at once, with their data.
 ///
-/// What is not pushed or copied away is lost. Asks first on a terminal.
+/// Work that was not pushed or copied is lost. Asks for confirmation on a terminal.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   loom delete 0193f
   loom delete 0193f 0193e --yes")]
 pub(crate) struct Args {
-    /// The weavers: ids, the beginnings of them, or names
+    /// The weavers: ids, prefixes of them, or names
     #[arg(value_name = "ID", required = true, add = ArgValueCandidates::new(completion::weavers))]
     ids: Vec<String>,
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long, short = 'y')]
     yes: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let client = context.client()?;
-    let asks = !args.yes && terminal::can_ask();
+    let asks = !args.yes && terminal::can_prompt();
     let mut exit = Exit::OK;
     for id in &args.ids {
         match delete(&client, id, asks).await {
@@ -39,7 +39,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
             Ok(false) => output::note(&format!("Kept {id}.")),
             Err(error) if args.ids.len() == 1 => return Err(error),
             Err(error) => {
-                // The others are deleted all the same; the first failure is the outcome.
+                // The others are deleted anyway; the exit code is that of the first failure.
                 output::error(&error);
                 if exit == Exit::OK {
                     exit = error.exit();
@@ -50,7 +50,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     Ok(exit)
 }
 
-/// Whether it was deleted.
+/// Returns whether it was deleted.
 async fn delete(client: &Client, id: &str, asks: bool) -> Result<bool> {
     let doing = format!("cannot delete {id}");
     let mut path = super::weaver_path(id)?;
@@ -59,7 +59,7 @@ async fn delete(client: &Client, id: &str, asks: bool) -> Result<bool> {
         if !confirmed(&weaver)? {
             return Ok(false);
         }
-        // What was asked about, and nothing else that the name may mean by now.
+        // The weaver that was confirmed, not another that the name may refer to by now.
         path = format!("/api/weavers/{}", weaver.id);
     }
     client.delete(&path).await.doing(&doing)?;

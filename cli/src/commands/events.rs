@@ -1,4 +1,4 @@
-//! `loom events`: what happened to a weaver, and why.
+//! `loom events`.
 
 use clap_complete::ArgValueCandidates;
 use loom_api::weaver::{EventKind, Weaver, WeaverEvent};
@@ -20,10 +20,10 @@ Examples:
   loom events 0193f -f           goes on until the weaver has ended
   loom events 0193f --json       an array; with -f one object on each line")]
 pub(crate) struct Args {
-    /// The weaver: its id, the beginning of it, or its name
+    /// The weaver: its id, a prefix of it, or its name
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     id: String,
-    /// Go on with what comes
+    /// Keep showing new events
     #[arg(long, short = 'f')]
     follow: bool,
     /// Print JSON
@@ -63,19 +63,19 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     Ok(Exit::OK)
 }
 
-/// Whether nothing that matters follows.
+/// Whether no interesting event can follow.
 const fn is_last(kind: EventKind) -> bool {
     matches!(kind, EventKind::Exited | EventKind::Failed | EventKind::Expired | EventKind::Deleted)
 }
 
 fn line(event: &WeaverEvent) -> String {
-    // Whole seconds: the order tells the rest.
+    // Whole seconds are enough: events are in order.
     let at = event.at.round(jiff::Unit::Second).unwrap_or(event.at);
     let message = output::printable(&event.message).replace('\n', " ");
     format!("{at}  {:<18}  {message}", kind_name(event.kind))
 }
 
-/// The API's own word for a kind.
+/// The kind's name in the API.
 fn kind_name(kind: EventKind) -> String {
     match serde_json::to_value(kind) {
         Ok(Value::String(name)) => name,

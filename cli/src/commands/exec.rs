@@ -20,13 +20,13 @@ Examples:
   tar c src | loom exec ID -- tar x        standard input, to its end
   loom exec ID --workdir /tmp -e A=1 -- env")]
 pub(crate) struct Args {
-    /// The weaver: id, prefix or name
+    /// The weaver: its id, a prefix of it, or its name
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     pub(crate) weaver: String,
-    /// Give it a terminal
+    /// Run it on a terminal
     #[arg(short = 't', long)]
     pub(crate) tty: bool,
-    /// An environment variable for it; NAME alone takes the value from here
+    /// Set an environment variable; NAME alone takes its value from the local environment
     #[arg(short = 'e', long = "env", value_name = "NAME[=VALUE]")]
     env: Vec<EnvArg>,
     /// The directory to run it in
@@ -37,9 +37,8 @@ pub(crate) struct Args {
     pub(crate) command: Vec<String>,
 }
 
-/// Runs the command.
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
-    // Not on the command line there, where every process of the weaver would see the values.
+    // Not on the command line in the weaver, where every process could see the values.
     let env = environment::collect(&args.env)?.into_iter().map(|(name, value)| (name, value.expose().to_owned()));
     let env = env.collect();
     let command = Some(command_line(args));
@@ -47,7 +46,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     Box::pin(ssh::run(connected, Remote { command, terminal: args.tty, env })).await
 }
 
-/// The line for the shell there: `cd -- DIR && exec PROGRAM ARGUMENTS`.
+/// The command line for the weaver's shell: `cd -- DIR && exec PROGRAM ARGUMENTS`.
 fn command_line(args: &Args) -> String {
     let program = format!("exec {}", quote(&args.command));
     match &args.workdir {

@@ -1,4 +1,4 @@
-//! `loom extend`: moves a weaver's end.
+//! `loom extend`.
 
 use clap_complete::ArgValueCandidates;
 use loom_api::weaver::{ExtendWeaver, Weaver};
@@ -11,20 +11,20 @@ use crate::{
     lifetime, output,
 };
 
-/// Moves a weaver's end, by so many hours, never past the server's limit (48 hours from creation).
+/// Extends a weaver's lifetime, up to the server's limit (48 hours from creation).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   loom extend 0193f 2          two hours more
   loom extend 0193f 30m        half an hour more")]
 pub(crate) struct Args {
-    /// The weaver: its id, the beginning of it, or its name
+    /// The weaver: its id, a prefix of it, or its name
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     id: String,
     /// How much longer: hours (2, 1.5) or with units (30m, 1h30m)
     #[arg(value_name = "HOURS", value_parser = lifetime::parse, allow_hyphen_values = true)]
     hours: f64,
-    /// Print JSON: the weaver
+    /// Print the weaver as JSON
     #[arg(long)]
     json: bool,
 }

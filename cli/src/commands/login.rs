@@ -22,21 +22,20 @@ use crate::{
     progress::Progress,
 };
 
-/// No token is longer, in bytes.
+/// In bytes; no token is longer.
 const MAX_TOKEN: u64 = 16 << 10;
-/// No file of authorities is longer, in bytes: a system's whole bundle is a quarter of a megabyte.
+/// In bytes; a system's whole CA bundle is a quarter of a megabyte.
 const MAX_AUTHORITIES: u64 = 512 << 10;
-/// What is added to the interval when the server asks for patience (RFC 8628 §3.5).
+/// Added to the polling interval when the server answers `slow_down` (RFC 8628 §3.5).
 const SLOW_DOWN: Duration = Duration::from_secs(5);
-/// The longest wait between two polls of a server that does not answer, unless it asked for a longer one.
+/// Between polls of a server that does not answer, unless it asked for a longer interval.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
-/// What the user is told meanwhile.
 const WAITING: &str = "waiting for your approval";
 
 /// Logs in to a server.
 ///
-/// Shows an address and a code; the login is approved there, in any browser. The token is kept in a file that only you
-/// can read, and the server becomes the one that every command uses.
+/// Shows a URL and a code; approve the login there, in any browser. The token is stored in a file that only you can
+/// read, and the server becomes the default for all commands.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -50,13 +49,12 @@ pub(crate) struct Args {
     /// Log in with a token instead of a browser; `-` reads it from standard input
     #[arg(long, value_name = "TOKEN|-")]
     token: Option<String>,
-    /// Trust the authorities in this PEM file for this server, from now on
+    /// Trust the CA certificates in this PEM file for this server, from now on
     ///
-    /// The certificates are copied and kept with the login, for every later command; the file is not needed again.
-    /// Another `--ca` replaces them.
+    /// They are stored with the login, so the file is not needed again. Another `--ca` replaces them.
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// Open no browser
+    /// Do not open a browser
     #[arg(long)]
     no_browser: bool,
 }
@@ -73,7 +71,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         None => tokio::select! {
             token = approve(&anonymous, args) => token?,
             _ = tokio::signal::ctrl_c() => {
-                output::note("\nLogin given up; nothing has changed.");
+                output::note("\nLogin cancelled; nothing has changed.");
                 return Ok(Exit::INTERRUPTED);
             }
         },
@@ -86,18 +84,18 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     credentials.write(context.directory()?)?;
     output::note(&format!("Logged in to {url} as {}.", me.user.name));
     if context.token_is_from_environment() {
-        output::warning("LOOM_TOKEN is set and goes before this login; unset it to use the login");
+        output::warning("LOOM_TOKEN is set and takes precedence over this login; unset it to use the login");
     }
     Ok(Exit::OK)
 }
 
-/// Makes a token for this machine with the given one, so that logging out here revokes nothing that is used elsewhere.
+/// Exchanges the given token for one of this machine's own, so that logging out here affects no other use of it.
 async fn exchange(client: &Client, given: &str) -> Result<Secret> {
     let given = if given == "-" {
         read_token()?
     } else {
         output::warning(
-            "the token stands in the command line, where other programs and the shell's history see it; use: --token -",
+            "the token is on the command line, visible to other programs and in the shell's history; use: --token -",
         );
         Secret::from(given.to_owned())
     };
@@ -107,7 +105,7 @@ async fn exchange(client: &Client, given: &str) -> Result<Secret> {
     let request = CreateToken { name: client_name(), ttl_hours: None, login: true };
     match client.with_token(given.clone()).post::<NewToken>("/api/tokens", &request).await {
         Ok(new) => Ok(new.token),
-        // It may do other things, but not make tokens: then it is used itself.
+        // The token may not create tokens, so it is used itself.
         Err(error) if error.code() == Some(ErrorCode::Forbidden) => Ok(given),
         Err(error) => {
             let refused = error.code() == Some(ErrorCode::Unauthorized);
@@ -118,7 +116,7 @@ async fn exchange(client: &Client, given: &str) -> Result<Secret> {
     }
 }
 
-/// The certificates in a PEM file, and nothing else that it may hold: a key does not belong in what is kept.
+/// The certificates in a PEM file. Anything else in it, such as a private key, is not stored.
 fn read_authorities(file: &Path) -> Result<String> {
     let cannot = |why: String| CliError::usage(format!("cannot use --ca {}: {why}", file.display()));
     let mut text = String::new();
@@ -130,13 +128,13 @@ fn read_authorities(file: &Path) -> Result<String> {
     }
     let certificates = certificates(&text);
     if certificates.is_empty() {
-        return Err(cannot("there is no certificate in it".to_owned())
-            .hint("it must hold the authority's certificate in PEM: -----BEGIN CERTIFICATE-----"));
+        return Err(cannot("it has no certificate".to_owned())
+            .hint("it must contain the CA certificate in PEM: -----BEGIN CERTIFICATE-----"));
     }
     Ok(certificates)
 }
 
-/// The certificates in a text in PEM (RFC 7468 §2).
+/// The certificates in a PEM text (RFC 7468 §2).
 fn certificates(text: &str) -> String {
     let mut inside = false;
     let mut kept = String::new();
@@ -163,13 +161,13 @@ fn read_token() -> Result<Secret> {
     Ok(Secret::from(text.trim().to_owned()))
 }
 
-/// Shows the code, and waits until somebody approves it.
+/// Shows the code, and waits until the login is approved.
 async fn approve(client: &Client, args: &Args) -> Result<Secret> {
     let request = StartDeviceLogin { client_name: client_name() };
     let login: DeviceLogin = client
         .post("/api/login/device", &request)
         .await
-        .doing(format_args!("cannot begin a login at {}", client.base()))?;
+        .doing(format_args!("cannot start a login at {}", client.base()))?;
     let opened = !args.no_browser && open_browser(&login.verification_uri_complete);
     output::note(&instructions(&login, opened));
     let progress = Progress::start(WAITING);
@@ -187,11 +185,11 @@ fn instructions(login: &DeviceLogin, opened: bool) -> String {
     )
 }
 
-/// Asks until there is an answer, as often as the server allows. A server that cannot be reached or is overloaded is
-/// asked again until the code expires: it may be restarting while the user approves.
+/// Polls until the login is decided, as often as the server allows. A server that is unreachable or overloaded is polled
+/// until the code expires: it may be restarting while the user approves.
 async fn poll(client: &Client, login: &DeviceLogin, progress: &Progress) -> Result<Secret> {
     let deadline = Instant::now() + Duration::from_secs(login.expires_in);
-    let mut pace = Pace::new(Duration::from_secs(login.interval));
+    let mut pace = PollInterval::new(Duration::from_secs(login.interval));
     let request = PollDeviceLogin { device_code: login.device_code.clone() };
     let mut problem: Option<String> = None;
     loop {
@@ -231,20 +229,20 @@ async fn poll(client: &Client, login: &DeviceLogin, progress: &Progress) -> Resu
 fn expired(problem: Option<String>) -> CliError {
     let why = match problem {
         Some(problem) => format!("the server did not answer before the code expired: {problem}"),
-        None => "the code has expired before it was approved".to_owned(),
+        None => "the code expired before it was approved".to_owned(),
     };
     CliError::new(Exit::TIMED_OUT, format!("cannot log in: {why}")).hint("try again with: loom login")
 }
 
-/// How long to wait before the next poll (RFC 8628 §3.5): the interval, longer for good each time that the server asks
-/// to slow down, and twice as long for each failure in a row.
+/// The wait before the next poll (RFC 8628 §3.5): the interval, which each `slow_down` lengthens for good and each
+/// failure in a row doubles.
 #[derive(Debug)]
-struct Pace {
+struct PollInterval {
     interval: Duration,
     failures: u32,
 }
 
-impl Pace {
+impl PollInterval {
     fn new(interval: Duration) -> Self {
         Self { interval: interval.max(Duration::from_secs(1)), failures: 0 }
     }
@@ -268,16 +266,16 @@ impl Pace {
     }
 }
 
-/// Where the login comes from, for the person who approves it: `user@host`.
+/// Where the login comes from, shown to the user who approves it: `user@host`.
 fn client_name() -> String {
     let user = env::var("USER").or_else(|_| env::var("LOGNAME")).unwrap_or_else(|_| "somebody".to_owned());
     let host = rustix::system::uname();
     format!("{user}@{}", host.nodename().to_string_lossy())
 }
 
-/// Shows a page in the desktop's browser, if there is a desktop; whether one was asked to.
+/// Opens a page in the desktop's browser; returns whether one was started.
 fn open_browser(url: &str) -> bool {
-    // Never anything but a page: other schemes start other programs.
+    // Only web pages: other schemes start other programs.
     if !(url.starts_with("https://") || url.starts_with("http://")) || !std::io::stderr().is_terminal() {
         return false;
     }
@@ -289,7 +287,7 @@ fn open_browser(url: &str) -> bool {
         (!remote && (set("DISPLAY") || set("WAYLAND_DISPLAY"))).then_some("xdg-open")
     };
     let Some(opener) = opener else { return false };
-    // Not waited for: some openers stay as long as the browser does.
+    // Not waited for: some openers run as long as the browser does.
     Command::new(opener).arg(url).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().is_ok()
 }
 
@@ -316,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn only_certificates_are_kept_of_a_file_of_authorities() {
+    fn only_certificates_of_a_ca_file_are_stored() {
         let certificate = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
         let key = "-----BEGIN PRIVATE KEY-----\nMIIC\n-----END PRIVATE KEY-----\n";
         assert_eq!(certificates(&format!("a note\r\n{certificate}{key}{certificate}")), certificate.repeat(2));
@@ -325,7 +323,7 @@ mod tests {
 
     #[test]
     fn polls_slow_down_for_good_when_asked_and_for_a_while_after_failures() {
-        let mut pace = Pace::new(Duration::from_secs(1));
+        let mut pace = PollInterval::new(Duration::from_secs(1));
         let mut pauses = Vec::new();
         for _ in 0..6 {
             pauses.push(pace.pause().as_secs());

@@ -1,4 +1,4 @@
-//! `loom logout`: the token is revoked at the server and forgotten here.
+//! `loom logout`: revokes the token at the server and removes it here.
 
 use loom_api::ErrorCode;
 
@@ -8,7 +8,7 @@ use crate::{
     output,
 };
 
-/// Revokes this machine's token and forgets it.
+/// Revokes this machine's token and removes it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}
 
@@ -26,15 +26,15 @@ pub(crate) async fn run(context: &Context, _: &Args) -> Result<Exit> {
         Ok(client) => client.with_token(token).delete("/api/login").await.map_err(CliError::from),
         Err(error) => Err(error),
     };
-    // Forgotten whatever the server says: who logs out wants no token to stay here.
+    // Removed whatever the server answers: after a logout no token may remain here.
     credentials.forget(&url);
     credentials.write(context.directory()?)?;
     match revoked {
         Ok(()) => {}
-        Err(error) if error.exit() == Exit::of(ErrorCode::Unauthorized) => {} // it was revoked or had ended already
+        Err(error) if error.exit() == Exit::of(ErrorCode::Unauthorized) => {} // revoked or expired already
         Err(error) => {
             return Err(error
-                .doing("the token is forgotten here, but cannot be revoked")
+                .doing("the token was removed here, but cannot be revoked")
                 .hint("it stays valid at the server until it is deleted there"));
         }
     }

@@ -1,4 +1,4 @@
-//! `loom logs`: what the main program wrote to its terminal.
+//! `loom logs`: the output of the main program.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use crate::{
     output,
 };
 
-/// How much is kept of an ended weaver's output, in bytes.
-const MOST_OF_ENDED: usize = 256 << 10;
-/// How long the server may take to tell it.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// In bytes, of an ended weaver; the server keeps less.
+const MAX_FINAL_OUTPUT: usize = 256 << 10;
+/// For fetching the output of an ended weaver.
+const FINAL_OUTPUT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Shows the main program's output, byte for byte.
 #[derive(Debug, clap::Args)]
@@ -29,10 +29,10 @@ Examples:
   loom logs 0193f
   loom logs 0193f -f       goes on until the program ends")]
 pub(crate) struct Args {
-    /// The weaver: its id, the beginning of it, or its name
+    /// The weaver: its id, a prefix of it, or its name
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     id: String,
-    /// Go on with what comes
+    /// Keep showing new output
     #[arg(long, short = 'f')]
     follow: bool,
 }
@@ -48,16 +48,16 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     Ok(Exit::OK)
 }
 
-/// The end of what an ended weaver's program wrote; nothing when the server does not say.
-pub(super) async fn of_ended(client: &Client, weaver: WeaverId) -> Vec<u8> {
+/// The last output of an ended weaver's program; empty if the server does not answer.
+pub(super) async fn final_output(client: &Client, weaver: WeaverId) -> Vec<u8> {
     let collect = async {
         let mut output = Vec::new();
         let mut chunks = Box::pin(client.bytes(&format!("/api/weavers/{weaver}/logs")).await?);
         while let Some(chunk) = chunks.next().await {
             output.extend_from_slice(&chunk?);
-            output.drain(..output.len().saturating_sub(MOST_OF_ENDED));
+            output.drain(..output.len().saturating_sub(MAX_FINAL_OUTPUT));
         }
         Ok::<_, ClientError>(output)
     };
-    timeout(PATIENCE, collect).await.ok().and_then(Result::ok).unwrap_or_default()
+    timeout(FINAL_OUTPUT_TIMEOUT, collect).await.ok().and_then(Result::ok).unwrap_or_default()
 }

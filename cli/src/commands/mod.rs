@@ -24,11 +24,11 @@ use crate::{
     error::{CliError, Exit},
 };
 
-/// The API's path of a weaver that the user named: an id, the beginning of one, or a name.
+/// The API's path for a weaver that the user named by id, prefix of the id, or name.
 ///
 /// # Errors
 ///
-/// When it can be none of these, and would say something else in a path.
+/// When it can be none of these, and could change the meaning of the path.
 pub(crate) fn weaver_path(id: &str) -> Result<String, CliError> {
     let fits = !id.is_empty() && id.len() <= 100 && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     if fits {
@@ -41,7 +41,6 @@ pub(crate) fn weaver_path(id: &str) -> Result<String, CliError> {
     .hint("list your weavers with: loom ps"))
 }
 
-/// Runs a command to its end.
 pub(crate) async fn run(context: &Context, command: &Command) -> Result<Exit, CliError> {
     // Boxed: the largest command's future is much larger than the others'.
     match command {

@@ -1,4 +1,4 @@
-//! `loom new`: makes a weaver, shows how it comes to be, and goes in.
+//! `loom new`: creates a weaver, shows its progress, and attaches to it.
 
 use anstream::adapter::strip_str;
 use jiff::Timestamp;
@@ -23,15 +23,15 @@ use crate::{
     terminal,
 };
 
-/// How often the request is sent when there is no answer. The server makes one weaver of them all.
-const TRIES: u32 = 4;
-/// How much of a failed program's output is shown, in lines.
-const LAST_LINES: usize = 20;
+/// How often the request is sent if there is no answer. The idempotency key makes it one weaver.
+const MAX_TRIES: u32 = 4;
+/// Lines shown of a failed program's output.
+const MAX_OUTPUT_LINES: usize = 20;
 
-/// Makes a weaver, and attaches to it.
+/// Creates a weaver and attaches to it.
 ///
-/// A weaver is a short-lived, isolated place to work, made from any image, with your repository cloned into it. It
-/// deletes itself when its time is up. Leave it with Ctrl+D; it goes on until then.
+/// A weaver is a short-lived, isolated workspace, made from any image, with your repository cloned into it. It deletes
+/// itself when its time is up. Detach with Ctrl+D; the weaver keeps running.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -50,24 +50,24 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ORG")]
     org: Option<String>,
     /// A git repository to clone into the workspace
-    #[arg(long, value_name = "URL", value_parser = not_an_option, allow_hyphen_values = true)]
+    #[arg(long, value_name = "URL", value_parser = reject_option, allow_hyphen_values = true)]
     repo: Option<String>,
     /// The branch to check out
-    #[arg(long, value_name = "NAME", requires = "repo", value_parser = not_an_option, allow_hyphen_values = true)]
+    #[arg(long, value_name = "NAME", requires = "repo", value_parser = reject_option, allow_hyphen_values = true)]
     branch: Option<String>,
-    /// Set a variable of the weaver's environment; NAME alone takes its value from here
+    /// Set an environment variable; NAME alone takes its value from the local environment
     #[arg(short = 'e', long = "env", value_name = "NAME[=VALUE]")]
     env: Vec<EnvArg>,
     /// How long it lives: hours (4, 1.5) or with units (30m, 90s, 1h30m) [default: 4]
     #[arg(long, value_name = "TTL", value_parser = lifetime::parse, allow_hyphen_values = true)]
     ttl: Option<f64>,
-    /// A name for it, to be used instead of the id
+    /// A name, usable instead of the id
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Print the id when it is ready, and do not attach
+    /// Print the id once the weaver is ready, and do not attach
     #[arg(long)]
     no_attach: bool,
-    /// Print JSON when it is ready: the weaver; and do not attach
+    /// Print the weaver as JSON once it is ready, and do not attach
     #[arg(long)]
     json: bool,
     /// The main program and its arguments [default: the image's own]
@@ -78,11 +78,11 @@ pub(crate) struct Args {
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let client = context.client()?;
     let request = request(&client, &context.settings, args).await?;
-    let progress = Progress::start("asking for a weaver");
+    let progress = Progress::start("requesting a weaver");
     let weaver = create(&client, &request).await?;
     let attaches = !args.no_attach && !args.json && terminal::is_interactive();
     for warning in &weaver.warnings {
-        progress.say(&output::printable(&format!("warning: {warning}")));
+        progress.print_line(&output::printable(&format!("warning: {warning}")));
     }
 
     let ready = tokio::select! {
@@ -94,10 +94,10 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         }
     };
     progress.finish();
-    if let Start::Ended(reason) = ready?
+    if let StartOutcome::Ended(reason) = ready?
         && !attaches
     {
-        must_have_succeeded(&client, weaver.id, &reason).await?;
+        check_exit(&client, weaver.id, &reason).await?;
     }
     if args.json {
         let now: Value = client.get(&format!("/api/weavers/{}", weaver.id)).await.doing("cannot show the weaver")?;
@@ -105,14 +105,14 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         return Ok(Exit::OK);
     }
     if attaches {
-        return attach::attach(context, &client, weaver.id, attach::Options::just_made()).await;
+        return attach::attach(context, &client, weaver.id, attach::Options::just_created()).await;
     }
     output::line(&weaver.id.to_string())?;
     Ok(Exit::OK)
 }
 
-/// A value that git would take for an option is a mistake, or a trick.
-fn not_an_option(text: &str) -> Result<String, String> {
+/// Refuses a value that git would take for an option.
+fn reject_option(text: &str) -> Result<String, String> {
     if text.is_empty() || text.starts_with('-') {
         return Err("it cannot be empty or begin with a dash".to_owned());
     }
@@ -163,35 +163,35 @@ pub(super) async fn organisation(client: &Client, text: &str) -> Result<OrgId> {
         })
 }
 
-/// Asks for the weaver, again when the answer is lost.
+/// Requests the weaver; retries if there is no answer.
 async fn create(client: &Client, request: &CreateWeaver) -> Result<Weaver> {
     let key = Uuid::new_v4().to_string();
     let mut backoff = Backoff::default();
     let mut tries = 1;
     loop {
         match client.post_once("/api/weavers", &key, request).await {
-            Err(ClientError::Unreachable { .. }) if tries < TRIES => {
+            Err(ClientError::Unreachable { .. }) if tries < MAX_TRIES => {
                 tries += 1;
                 backoff.wait().await;
             }
-            result => return result.doing("cannot make a weaver"),
+            result => return result.doing("cannot create a weaver"),
         }
     }
 }
 
-/// How the start of a weaver ended well.
-enum Start {
-    /// People can come in.
+/// How a weaver started, other than with an error.
+enum StartOutcome {
+    /// The main program is running.
     Ready,
-    /// The main program is at its end already, with these words.
+    /// The main program has exited already; with the event's message.
     Ended(String),
 }
 
-/// Shows the stages as they come, until people can come in.
-async fn wait_until_ready(client: &Client, weaver: &Weaver, progress: &Progress) -> Result<Start> {
+/// Shows the stages as they complete, until the weaver is ready.
+async fn wait_until_ready(client: &Client, weaver: &Weaver, progress: &Progress) -> Result<StartOutcome> {
     let mut events = EventStream::new(client.clone(), weaver.id);
     let mut stages = Stages::new(weaver.created_at);
-    progress.waiting_for("waiting for a place");
+    progress.waiting_for("waiting to be scheduled");
     loop {
         let event = events.next().await?;
         match stages.take(&event) {
@@ -200,34 +200,34 @@ async fn wait_until_ready(client: &Client, weaver: &Weaver, progress: &Progress)
                 progress.waiting_for(next);
             }
             Step::Next(next) => progress.waiting_for(next),
-            Step::Say => progress.say(&format!("  {}", output::printable(&event.message))),
+            Step::Message => progress.print_line(&format!("  {}", output::printable(&event.message))),
             Step::Ready { seconds, total } => {
                 progress.done("main program runs", seconds);
-                progress.say(&ready(weaver, total));
-                return Ok(Start::Ready);
+                progress.print_line(&ready(weaver, total));
+                return Ok(StartOutcome::Ready);
             }
-            Step::Ended => return Ok(Start::Ended(event.message)),
-            Step::Over => {
-                return Err(CliError::failure(format!("the weaver did not get ready: {}", event.message))
+            Step::Exited => return Ok(StartOutcome::Ended(event.message)),
+            Step::Failed => {
+                return Err(CliError::failure(format!("the weaver did not become ready: {}", event.message))
                     .hint(format!("see all that happened: loom events {}", weaver.id)));
             }
         }
     }
 }
 
-/// Fails with the last output of a program that has ended with another code than 0.
-async fn must_have_succeeded(client: &Client, weaver: WeaverId, reason: &str) -> Result<()> {
+/// Fails if the program's exit code is not 0; the error contains its last output.
+async fn check_exit(client: &Client, weaver: WeaverId, reason: &str) -> Result<()> {
     let now: Weaver = client.get(&format!("/api/weavers/{weaver}")).await.doing("cannot show the weaver")?;
     if now.exit_code == Some(0) {
         return Ok(());
     }
-    let output = logs::of_ended(client, weaver).await;
+    let output = logs::final_output(client, weaver).await;
     let output = strip_str(&String::from_utf8_lossy(&output)).to_string();
     let lines: Vec<&str> = output.trim_end().lines().collect();
-    let mut message = format!("the weaver did not get ready: {reason}");
+    let mut message = format!("the weaver did not become ready: {reason}");
     if !lines.is_empty() {
         message.push_str("; the end of its output:");
-        for line in &lines[lines.len().saturating_sub(LAST_LINES)..] {
+        for line in &lines[lines.len().saturating_sub(MAX_OUTPUT_LINES)..] {
             message.push_str("\n  ");
             message.push_str(line.trim_end());
         }
@@ -241,39 +241,39 @@ fn ready(weaver: &Weaver, seconds: f64) -> String {
         "{}{name} is ready after {}; it ends in {}.",
         weaver.id,
         output::seconds(seconds),
-        lifetime::in_words(weaver.lifetime_hours)
+        lifetime::format(weaver.lifetime_hours)
     );
     output::printable(&line).into_owned()
 }
 
 fn interrupted(weaver: WeaverId) -> String {
     format!(
-        "\nThe weaver is still being made: {weaver}\nTo go in when it is ready: loom attach {weaver}\n\
-         To end it: loom delete {weaver}"
+        "\nThe weaver is still starting: {weaver}\nTo attach once it is ready: loom attach {weaver}\n\
+         To delete it: loom delete {weaver}"
     )
 }
 
-/// Turns events into stages with the time that each took, by the server's clock.
+/// Turns events into stages with their durations, by the server's clock.
 struct Stages {
     created: Timestamp,
     last: Timestamp,
 }
 
-/// What an event means to the person who waits.
+/// What an event means for the progress.
 #[derive(Debug, PartialEq)]
 enum Step {
-    /// A stage is done, the next one goes on.
+    /// A stage is done, and the next begins.
     Done { stage: &'static str, seconds: f64, next: &'static str },
-    /// Another stage goes on.
+    /// Another stage begins.
     Next(&'static str),
-    /// Worth telling.
-    Say,
-    /// People can come in.
+    /// The event's message is shown.
+    Message,
+    /// The main program is running.
     Ready { seconds: f64, total: f64 },
-    /// The main program ran, and has ended.
-    Ended,
-    /// It will not get ready.
-    Over,
+    /// The main program has exited already.
+    Exited,
+    /// The weaver will not become ready.
+    Failed,
 }
 
 impl Stages {
@@ -286,9 +286,9 @@ impl Stages {
         let (stage, next) = match event.kind {
             EventKind::Created => {
                 self.last = event.at;
-                return Step::Next("waiting for a place");
+                return Step::Next("waiting to be scheduled");
             }
-            EventKind::Started => ("place found, started", "waiting for the agent"),
+            EventKind::Started => ("scheduled and started", "waiting for the agent"),
             EventKind::AgentConnected => ("agent connected", "starting the main program"),
             EventKind::Cloning => {
                 self.last = event.at;
@@ -298,9 +298,9 @@ impl Stages {
             EventKind::Ready => {
                 return Step::Ready { seconds, total: event.at.duration_since(self.created).as_secs_f64() };
             }
-            EventKind::Exited => return Step::Ended,
-            EventKind::Failed | EventKind::Expired | EventKind::Deleted => return Step::Over,
-            _ => return Step::Say,
+            EventKind::Exited => return Step::Exited,
+            EventKind::Failed | EventKind::Expired | EventKind::Deleted => return Step::Failed,
+            _ => return Step::Message,
         };
         self.last = event.at;
         Step::Done { stage, seconds, next }
@@ -335,11 +335,11 @@ mod tests {
         assert_eq!(
             steps,
             [
-                Step::Next("waiting for a place"),
-                done("place found, started", 2.0, "waiting for the agent"),
+                Step::Next("waiting to be scheduled"),
+                done("scheduled and started", 2.0, "waiting for the agent"),
                 done("agent connected", 1.0, "starting the main program"),
                 Step::Next("cloning the repository"),
-                Step::Say,
+                Step::Message,
                 done("repository cloned", 5.0, "starting the main program"),
                 Step::Ready { seconds: 1.0, total: 10.0 },
             ]
@@ -347,12 +347,12 @@ mod tests {
     }
 
     #[test]
-    fn an_end_before_ready_is_told_at_once() {
+    fn an_end_before_ready_is_reported_at_once() {
         for (kind, step) in [
-            (EventKind::Failed, Step::Over),
-            (EventKind::Exited, Step::Ended),
-            (EventKind::Expired, Step::Over),
-            (EventKind::Deleted, Step::Over),
+            (EventKind::Failed, Step::Failed),
+            (EventKind::Exited, Step::Exited),
+            (EventKind::Expired, Step::Failed),
+            (EventKind::Deleted, Step::Failed),
         ] {
             let mut stages = Stages::new(Timestamp::from_second(10).expect("in range"));
             assert_eq!(stages.take(&event(11, kind)), step, "{kind:?}");
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn who_gives_up_waiting_learns_what_to_do() {
+    fn interrupting_the_wait_says_what_to_do() {
         let text = interrupted(WeaverId::from(Uuid::nil()));
         assert!(text.contains("loom delete W-00000000-0000-0000-0000-000000000000"), "{text}");
     }

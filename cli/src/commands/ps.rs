@@ -1,4 +1,4 @@
-//! `loom ps`: the weavers there are.
+//! `loom ps`.
 
 use std::fmt::Write as _;
 
@@ -25,13 +25,13 @@ Examples:
 
 Under what is Pending or Failed stands the reason. AGE counts from creation; TTL is the whole life, extensions included.")]
 pub(crate) struct Args {
-    /// Print JSON: the API's objects
+    /// Print the API's objects as JSON
     #[arg(long)]
     json: bool,
-    /// List those that have ended too
+    /// Also list weavers that have ended
     #[arg(long, short = 'a')]
     all: bool,
-    /// Show names and reasons too
+    /// Also show names and reasons
     #[arg(long, short = 'w')]
     wide: bool,
     /// Only those of one organisation, by name or id
@@ -57,12 +57,12 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         .map_err(|error| CliError::failure(format!("cannot read the list of weavers: {error}")))?;
     output::bytes(table(&weavers, args.wide, width()).as_bytes())?;
     if weavers.is_empty() {
-        output::note("No weavers. Make one with: loom new");
+        output::note("No weavers. Create one with: loom new");
     }
     Ok(Exit::OK)
 }
 
-/// Every page of a list.
+/// Fetches all pages of a list.
 async fn all_pages(client: &Client, query: &str) -> Result<Vec<Value>> {
     let mut all: Vec<Value> = Vec::new();
     loop {
@@ -77,7 +77,7 @@ async fn all_pages(client: &Client, query: &str) -> Result<Vec<Value>> {
     }
 }
 
-/// The width of the terminal that standard output is, in characters.
+/// The terminal's width in characters, if standard output is one.
 fn width() -> Option<usize> {
     let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
     (size.ws_col > 0).then_some(size.ws_col.into())
@@ -114,7 +114,7 @@ fn table(weavers: &[Weaver], wide: bool, width: Option<usize>) -> String {
     if let Some(line) = lines.next() {
         text.push_str(&format!("{line}\n"));
     }
-    // A table has one line for each row.
+    // The table has a line for each weaver.
     for (line, weaver) in lines.zip(weavers) {
         text.push_str(&format!("{line}\n"));
         if let Some(reason) = reason(weaver) {
@@ -124,13 +124,13 @@ fn table(weavers: &[Weaver], wide: bool, width: Option<usize>) -> String {
     text
 }
 
-/// Why a weaver is not as its user wants it.
+/// The reason why a weaver is pending or has failed.
 fn reason(weaver: &Weaver) -> Option<&str> {
     let asked = matches!(weaver.status, WeaverStatus::Pending | WeaverStatus::Failed);
     weaver.reason.as_deref().filter(|reason| asked && !reason.trim().is_empty())
 }
 
-/// A reason on one line under its weaver, cut where the terminal ends.
+/// A reason on one line below its weaver, cut to the terminal's width.
 fn reason_line(reason: &str, width: Option<usize>) -> String {
     const INDENT: &str = "  ";
     let words: Vec<&str> = reason.split_whitespace().collect();

@@ -33,21 +33,20 @@ Examples:
 The tunnel is brought up by itself. No sshd, no keys, no question: the host is verified by the server's certificate.
 For ssh, scp, rsync and editors: loom ssh-config")]
 pub(crate) struct Args {
-    /// The weaver: id, prefix or name
+    /// The weaver: its id, a prefix of it, or its name
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     weaver: String,
-    /// Give a command a terminal
+    /// Run the command on a terminal
     #[arg(short = 't', long)]
     tty: bool,
     /// Carry another program's SSH connection on standard input and output: OpenSSH's ProxyCommand
     #[arg(long, conflicts_with_all = ["tty", "command"])]
     stdio: bool,
-    /// A command line for the shell there
+    /// A command line for the weaver's shell
     #[arg(last = true, value_name = "CMD")]
     command: Vec<String>,
 }
 
-/// Runs the command.
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let connected = client::connect(context, &args.weaver, SSH_PORT).await?;
     if args.stdio {
@@ -58,35 +57,35 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     Box::pin(ssh::run(connected, Remote { command, terminal, env: Vec::new() })).await
 }
 
-/// Joins standard input and output with a stream, until the stream's other side is done.
+/// Copies between standard input and output and a stream until the stream ends.
 ///
-/// By two threads that block, which costs less for each packet than a runtime does.
+/// Uses two blocking threads, which cost less per packet than the async runtime.
 async fn stdio(stream: tokio::net::UnixStream) -> Result<Exit> {
     let mut from = stream.into_std()?;
     from.set_nonblocking(false)?;
     let mut to = from.try_clone()?;
-    // The descriptors themselves: what the standard library puts before them holds back what has no end of line.
+    // The raw descriptors: the standard library's handles buffer output until the end of a line.
     let mut stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-    // Not waited for, because standard input may never end; it ends with the process.
+    // Not joined, because standard input may never end; the thread ends with the process.
     thread::spawn(move || {
-        // The other side may be done already; then it does not matter what we have to say.
+        // An error here means that the other side is done, so there is nothing left to send.
         let _ = copy(&mut stdin, &mut to);
         let _ = to.shutdown(Shutdown::Write);
     });
     let copied = tokio::task::spawn_blocking(move || copy(&mut from, &mut stdout)).await;
     match copied.map_err(io::Error::other).flatten() {
         Ok(()) => Ok(Exit::OK),
-        // Who started us has gone first.
+        // The program that started us has exited.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::OK),
         Err(error) => Err(CliError::failure(format!("the connection to the loom daemon broke: {error}"))),
     }
 }
 
-/// Copies everything, as it comes.
+/// Copies until the end of the input.
 ///
-/// Not [`io::copy`], which lets the kernel splice a socket into a pipe: while that waits for the socket, it locks the
-/// pipe, and its reader does not get what is in there.
+/// Not [`io::copy`], which splices a socket into a pipe: while the kernel waits for the socket it holds the pipe's lock,
+/// so the pipe's reader cannot get what is already in it.
 fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
     let mut buffer = vec![0; COPY_BUFFER];
     loop {

@@ -26,14 +26,13 @@ Writes ~/.ssh/loom/config and ~/.ssh/loom/known_hosts, and one Include line at t
 Hosts are whole ids, because these are what the weavers' host certificates are for; names and prefixes are for loom ssh.
 The host is verified by the server's certificate: no question, and no StrictHostKeyChecking no. Run it again after another login.")]
 pub(crate) struct Args {
-    /// Only show what would be written
+    /// Print what would be written, and write nothing
     #[arg(long)]
     dry_run: bool,
 }
 
 const INCLUDE: &str = "Include loom/config";
 
-/// Runs the command.
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let home = std::env::var_os("HOME").map(PathBuf::from).ok_or_else(|| CliError::failure("HOME is not set"))?;
     let ssh = home.join(".ssh");
@@ -41,7 +40,10 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let authority: SshAuthority = context.client()?.get("/api/ssh-ca").await?;
     let program = std::env::current_exe()?;
     let program = program.to_str().ok_or_else(|| {
-        CliError::failure(format!("OpenSSH cannot be told of {}: the path is not UTF-8", program.display()))
+        CliError::failure(format!(
+            "cannot put {} into OpenSSH's configuration: the path is not UTF-8",
+            program.display()
+        ))
     })?;
     let server_url = context.server_url()?;
     let config = config(program, &loom, &server_url);
@@ -61,9 +63,9 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     Ok(Exit::OK)
 }
 
-/// The file for OpenSSH (ssh_config(5)). Hosts are weavers' ids: these are what the hosts' certificates are for.
+/// The file for OpenSSH (ssh_config(5)). Host names are weavers' ids, because the host certificates are for these.
 fn config(program: &str, directory: &Path, server_url: &str) -> String {
-    // A shell runs the command, and OpenSSH replaces what begins with a percent sign before.
+    // OpenSSH first expands percent signs, then a shell runs the command.
     let command = quote(&[program, "ssh", "--server-url", server_url, "--stdio"].map(ToOwned::to_owned));
     let known_hosts = directory.join("known_hosts");
     format!(
@@ -85,18 +87,18 @@ fn config(program: &str, directory: &Path, server_url: &str) -> String {
 ///
 /// # Errors
 ///
-/// When the server's answer is no key, and could put other lines into the file.
+/// When the server's answer is not a key, and could add other lines to the file.
 fn known_hosts(authority: &str) -> Result<String> {
     let key = PublicKey::from_openssh(authority.trim())
         .ok()
         .and_then(|key| key.to_openssh().ok())
-        .ok_or_else(|| CliError::failure("the server's SSH authority cannot be read"))?;
+        .ok_or_else(|| CliError::failure("the server's SSH CA key cannot be parsed"))?;
     let line: Vec<&str> = key.split_whitespace().take(2).collect();
     Ok(format!("@cert-authority *.loom {}\n", line.join(" ")))
 }
 
-/// Puts the Include line at the top of the user's own file, once. It must be there, because later it would belong to a
-/// Host block.
+/// Adds the Include line to the user's own file, unless it is there. It must be at the top: further down it would belong
+/// to a Host block.
 fn include(ssh: &Path) -> Result<()> {
     let path = ssh.join("config");
     let text = match fs::read_to_string(&path) {
@@ -107,7 +109,7 @@ fn include(ssh: &Path) -> Result<()> {
     if text.lines().any(|line| line.trim() == INCLUDE) {
         return Ok(());
     }
-    // What a link points to is what is meant.
+    // If the file is a link, change its target.
     let path = fs::canonicalize(&path).unwrap_or(path);
     let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
         return Err(CliError::failure(format!("{} cannot be written", path.display())));
@@ -115,7 +117,7 @@ fn include(ssh: &Path) -> Result<()> {
     write_private(directory, name, &format!("{INCLUDE}\n\n{text}"))
 }
 
-/// Writes a file of the user's own, 0600 in a 0700 directory, so that it is whole at every moment.
+/// Replaces a file atomically, with mode 0600 in a 0700 directory.
 fn write_private(directory: &Path, name: &str, text: &str) -> Result<()> {
     let write = || -> std::io::Result<()> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;

@@ -13,7 +13,7 @@ use crate::{
     lifetime, output,
 };
 
-/// Manages your tokens: those of your logins, and those that you make for programs.
+/// Manages your tokens: those of your logins, and those you create for programs.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -29,25 +29,25 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Make a token and print it
+    /// Create a token and print it
     Create {
-        /// What it is called in lists
+        /// The token's name in lists
         name: String,
-        /// Hours until it ends; it does not end when left out
+        /// Hours until it expires; by default never
         #[arg(long, value_name = "HOURS", value_parser = lifetime::parse, allow_hyphen_values = true)]
         ttl: Option<f64>,
     },
     /// List your tokens
     #[command(visible_alias = "ls")]
     List {
-        /// Print JSON: the API's objects
+        /// Print the API's objects as JSON
         #[arg(long)]
         json: bool,
     },
-    /// End a token at once
+    /// Revoke a token at once
     #[command(visible_alias = "rm")]
     Revoke {
-        /// Its number, from `loom token list`
+        /// The token's id, from `loom token list`
         id: i64,
     },
 }
@@ -63,13 +63,13 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
 
 async fn create(context: &Context, name: &str, ttl_hours: Option<f64>) -> Result<()> {
     let request = CreateToken { name: name.to_owned(), ttl_hours, login: false };
-    let new: NewToken = context.client()?.post("/api/tokens", &request).await.doing("cannot make a token")?;
+    let new: NewToken = context.client()?.post("/api/tokens", &request).await.doing("cannot create a token")?;
     output::line(new.token.expose())?;
     let end = match new.expires_at {
         Some(at) => format!("ends {at:.0}"),
-        None => "does not end by itself".to_owned(),
+        None => "does not expire".to_owned(),
     };
-    output::note(&format!("The token {} {end}. Keep it now: it is not shown again.", new.name));
+    output::note(&format!("The token {} {end}. Copy it now: it is not shown again.", new.name));
     Ok(())
 }
 

@@ -54,13 +54,13 @@ Examples:
   loom tunnel up ID -L 0.0.0.0:9000:8080     another address and port here
   loom tunnel up ID --socks 127.0.0.1:1080   then: curl --proxy socks5h://127.0.0.1:1080 http://ID.loom:8080/")]
 struct Up {
-    /// The weaver: id, prefix or name
+    /// The weaver: its id, a prefix of it, or its name
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     weaver: String,
-    /// Listen here, and forward to a port of the weaver
+    /// Listen on a local port, and forward to a port of the weaver
     #[arg(short = 'L', value_name = "[ADDR:]PORT[:REMOTE]", value_parser = parse_forward)]
     forward: Vec<Forward>,
-    /// Serve SOCKS5 here, for names such as ID.loom
+    /// Serve SOCKS5 on this address, for names such as ID.loom
     #[arg(long, value_name = "ADDR:PORT")]
     socks: Option<SocketAddr>,
     /// Print the tunnel as JSON
@@ -71,7 +71,7 @@ struct Up {
 /// Show the tunnels: path, latency, bytes, forwards
 #[derive(Debug, clap::Args)]
 struct Status {
-    /// Only this weaver's
+    /// Only this weaver's tunnel
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     weaver: Option<String>,
     /// Print JSON
@@ -82,12 +82,11 @@ struct Status {
 /// Take a tunnel down, or all
 #[derive(Debug, clap::Args)]
 struct Down {
-    /// Only this weaver's
+    /// Only this weaver's tunnel
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     weaver: Option<String>,
 }
 
-/// Runs the command.
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     match &args.command {
         Command::Up(args) => up(context, args).await,
@@ -99,7 +98,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     }
 }
 
-/// Becomes the background process.
+/// Runs the daemon in this process.
 pub(crate) async fn run_daemon(_context: &Context, _args: &DaemonArgs) -> Result<Exit> {
     Box::pin(daemon::run()).await
 }
@@ -120,7 +119,7 @@ async fn status(context: &Context, args: &Status) -> Result<Exit> {
         client::tunnels_if_running(context, Operation::Status { weaver: None }).await?
     };
     if tunnels.is_empty() && !args.json {
-        output::note("no tunnel is up; bring one up: loom tunnel up ID");
+        output::note("no tunnel is up; to bring one up: loom tunnel up ID");
         return Ok(Exit::OK);
     }
     match (tunnels.first(), one && args.json) {
@@ -140,7 +139,7 @@ fn show(tunnels: &[TunnelStatus], json: bool) -> Result<Exit> {
     Ok(Exit::OK)
 }
 
-/// A tunnel for people.
+/// Formats a tunnel's status for people.
 fn describe(tunnel: &TunnelStatus) -> String {
     let path = match (&tunnel.endpoint, tunnel.path.as_str()) {
         (Some(endpoint), _) => format!("direct to {endpoint}"),
@@ -163,7 +162,7 @@ fn describe(tunnel: &TunnelStatus) -> String {
         lines.push(format!("  forward    {} -> {}{problem}", forward.local, forward.remote_port));
     }
     if tunnel.up && tunnel.forwards.is_empty() {
-        lines.push("  forward    nothing listens in the weaver yet; ports appear here as they do".to_owned());
+        lines.push("  forward    nothing listens in the weaver yet; its ports will appear here".to_owned());
     }
     if let Some(socks) = tunnel.socks {
         lines.push(format!("  socks      {socks}"));
@@ -174,7 +173,7 @@ fn describe(tunnel: &TunnelStatus) -> String {
     lines.join("\n")
 }
 
-/// `[ADDR:]PORT[:REMOTE]`, an IPv6 address in brackets.
+/// Parses `[ADDR:]PORT[:REMOTE]`, with an IPv6 address in brackets.
 fn parse_forward(text: &str) -> std::result::Result<Forward, String> {
     let bad = || format!("{text:?} is not [ADDR:]PORT[:REMOTE]");
     let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0).ok_or_else(bad);

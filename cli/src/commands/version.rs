@@ -1,4 +1,4 @@
-//! `loom version`: this program's and the server's, and whether they fit.
+//! `loom version`.
 
 use loom_api::{PROTOCOL_VERSION, weaver::VersionInfo};
 use serde_json::{Value, json};
@@ -9,10 +9,9 @@ use crate::{
     output,
 };
 
-/// This program's version.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Shows the versions of this program and the server, and warns when they do not fit.
+/// Shows the versions of this program and the server, and warns if they are incompatible.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Print JSON
@@ -21,7 +20,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
-    // Our own version is to be had without a server.
+    // Works without a server too.
     let server = match context.server_url() {
         Ok(url) => Some((url.clone(), ask(context).await)),
         Err(_) => None,
@@ -37,10 +36,10 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     match (server, info) {
         (None, _) => output::note("No server is known yet; log in with: loom login --server-url https://YOUR-SERVER"),
         (Some((url, Err(error))), _) => {
-            output::warning(&format!("the server at {url} does not say its version: {error}"))
+            output::warning(&format!("cannot get the version of the server at {url}: {error}"))
         }
         (Some((url, Ok(_))), None) => {
-            output::warning(&format!("the answer of {url} cannot be read; are the versions too far apart?"))
+            output::warning(&format!("the answer of {url} cannot be parsed; are the versions too far apart?"))
         }
         (Some((url, Ok(_))), Some(info)) => {
             if !args.json {
@@ -60,7 +59,7 @@ async fn ask(context: &Context) -> Result<Value> {
     Ok(context.anonymous_client()?.get("/api/version").await?)
 }
 
-/// What to say when the versions differ.
+/// The warning if the versions differ.
 fn skew(server: &VersionInfo) -> Option<String> {
     if server.protocol > PROTOCOL_VERSION {
         return Some(format!(
@@ -83,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_skew_is_warned_of_by_its_weight() {
+    fn the_warning_fits_the_version_skew() {
         let server =
             |version: &str, protocol| VersionInfo { version: version.into(), protocol, backend: "local".into() };
         assert_eq!(skew(&server(VERSION, PROTOCOL_VERSION)), None);

@@ -1,4 +1,4 @@
-//! `loom whoami`: who is logged in, and where.
+//! `loom whoami`.
 
 use loom_api::login::Me;
 use serde_json::Value;
@@ -18,7 +18,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
-    let me: Value = context.client()?.get("/api/me").await.doing("cannot ask who you are")?;
+    let me: Value = context.client()?.get("/api/me").await.doing("cannot ask the server who you are")?;
     if args.json {
         output::json(&me)?;
         return Ok(Exit::OK);

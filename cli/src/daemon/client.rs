@@ -27,22 +27,20 @@ use crate::{
     output,
 };
 
-/// How long a daemon may take to start; the one before may have to end first.
-const START: Duration = Duration::from_secs(10);
-/// How long a daemon may take to say its first word, and to end when it was told to.
-const GREETING: Duration = Duration::from_secs(5);
-/// How often a daemon is started that is gone before it can be asked.
-const TRIES: usize = 4;
-/// The log is emptied at a start when it is longer than this, in bytes.
-const LONGEST_LOG: u64 = 1 << 20;
+/// A starting daemon may have to wait for its predecessor to end.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a daemon's greeting, and for its end after [`Operation::Stop`].
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often to start a daemon that ends before it can be asked.
+const MAX_TRIES: usize = 4;
+/// In bytes; a longer log is emptied when the daemon starts.
+const MAX_LOG_SIZE: u64 = 1 << 20;
 
 /// An open stream to a port of a weaver.
 pub(crate) struct Connected {
-    /// The stream's bytes.
     pub(crate) stream: UnixStream,
-    /// The weaver's id.
     pub(crate) weaver: String,
-    /// The SSH authority's public key line.
+    /// The public key line of the server's SSH CA.
     pub(crate) ssh_ca: String,
 }
 
@@ -64,7 +62,7 @@ pub(crate) async fn tunnels(context: &Context, operation: Operation) -> Result<V
     }
 }
 
-/// The same without starting a daemon: no daemon, no tunnels.
+/// As [`tunnels`], but starts no daemon: without one there are no tunnels.
 pub(crate) async fn tunnels_if_running(context: &Context, operation: Operation) -> Result<Vec<TunnelStatus>> {
     let socket = runtime_directory()?.join(SOCKET);
     if UnixStream::connect(&socket).await.is_err() { Ok(Vec::new()) } else { tunnels(context, operation).await }
@@ -75,7 +73,7 @@ async fn request(context: &Context, operation: Operation) -> Result<(UnixStream,
         Operation::Connect { .. } | Operation::Up { .. } => {
             (context.server_url()?, context.token()?, context.authorities()?)
         }
-        // The daemon alone is concerned: tunnels can be taken down after a logout too.
+        // These need no server, so they work after a logout too.
         Operation::Down { .. } | Operation::Status { .. } | Operation::Stop => {
             (String::new(), Secret::from(String::new()), String::new())
         }
@@ -86,9 +84,8 @@ async fn request(context: &Context, operation: Operation) -> Result<(UnixStream,
     match protocol::read(&mut stream).await {
         Ok(Reply::Failed { exit, message, hint }) => Err(failed(exit, message, hint)),
         Ok(reply) => Ok((stream, reply)),
-        Err(error) => {
-            Err(CliError::failure(format!("the loom daemon ended: {error}")).hint("try again; its log says why"))
-        }
+        Err(error) => Err(CliError::failure(format!("the loom daemon ended unexpectedly: {error}"))
+            .hint("try again; its log says why")),
     }
 }
 
@@ -104,36 +101,36 @@ fn unexpected(reply: &Reply) -> CliError {
     CliError::failure(format!("the loom daemon gave an unexpected answer: {reply:?}"))
 }
 
-/// A connection to a daemon of our own version; it is started when there is none.
+/// Connects to the daemon, and starts one if none runs or the running one is idle and of another version.
 async fn daemon(request: &Request) -> Result<UnixStream> {
     let directory = runtime_directory()?;
-    for _ in 0..TRIES {
-        if let Some((mut stream, greeting)) = greeted(&directory).await? {
+    for _ in 0..MAX_TRIES {
+        if let Some((mut stream, greeting)) = connect_to_running(&directory).await? {
             if greeting.version == env!("CARGO_PKG_VERSION") {
                 return Ok(stream);
             }
             if greeting.busy {
                 output::warning(&format!(
-                    "the loom daemon is version {}, and busy; `loom tunnel down` lets this one take over",
+                    "the running loom daemon is version {} and busy; to replace it, run: loom tunnel down",
                     greeting.version
                 ));
                 return Ok(stream);
             }
-            // It ends; the next one waits for that.
+            // The daemon started next waits for this one to end.
             let stop = Request { operation: Operation::Stop, ..request.clone() };
             if protocol::write(&mut stream, &stop).await.is_ok() {
-                let _ = timeout(GREETING, protocol::read::<Reply>(&mut stream)).await;
+                let _ = timeout(GREETING_TIMEOUT, protocol::read::<Reply>(&mut stream)).await;
             }
         }
         let directory = directory.clone();
         let started = tokio::task::spawn_blocking(move || start(&directory)).await;
         started.map_err(|error| CliError::failure(format!("starting the loom daemon: {error}")))??;
     }
-    Err(CliError::failure("the loom daemon ends as soon as it has started").hint(log_hint()))
+    Err(CliError::failure("the loom daemon exits right after it starts").hint(log_hint()))
 }
 
-/// Connects to the daemon that runs, if one does, and reads its greeting.
-async fn greeted(directory: &Path) -> Result<Option<(UnixStream, Greeting)>> {
+/// Connects to the running daemon, if there is one, and reads its greeting.
+async fn connect_to_running(directory: &Path) -> Result<Option<(UnixStream, Greeting)>> {
     let Ok(mut stream) = UnixStream::connect(directory.join(SOCKET)).await else { return Ok(None) };
     if !stream.peer_cred().is_ok_and(|peer| peer.uid() == rustix::process::geteuid().as_raw()) {
         return Err(CliError::failure(format!(
@@ -141,9 +138,9 @@ async fn greeted(directory: &Path) -> Result<Option<(UnixStream, Greeting)>> {
             directory.join(SOCKET).display()
         )));
     }
-    match timeout(GREETING, protocol::read(&mut stream)).await {
+    match timeout(GREETING_TIMEOUT, protocol::read(&mut stream)).await {
         Ok(Ok(greeting)) => Ok(Some((stream, greeting))),
-        // It was about to end.
+        // The daemon was about to end.
         Ok(Err(_)) => Ok(None),
         Err(_) => Err(CliError::new(Exit::TIMED_OUT, "the loom daemon does not answer").hint(log_hint())),
     }
@@ -156,13 +153,12 @@ fn log_hint() -> String {
     )
 }
 
-/// Starts a daemon and returns when it serves. When several commands do so at once, one does and the others wait for
-/// it.
+/// Starts a daemon and returns once it serves. If several commands try at once, one starts it and the others wait.
 fn start(directory: &Path) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| CliError::failure(format!("cannot start the loom daemon: {error}"));
     let turn = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join("start.lock"));
     let turn = turn.map_err(|error| failed(&error))?;
-    // Held for no longer than `START` by anybody.
+    // No process holds the lock for longer than `START_TIMEOUT`.
     flock(&turn, FlockOperation::LockExclusive).map_err(|error| failed(&error))?;
     if std::os::unix::net::UnixStream::connect(directory.join(SOCKET)).is_ok() {
         return Ok(());
@@ -177,25 +173,25 @@ fn start(directory: &Path) -> Result<()> {
         .stderr(log().map_or_else(|_| Stdio::null(), Stdio::from))
         .spawn()
         .map_err(|error| failed(&error))?;
-    // Not waited for: it leaves our session and lives on.
+    // Not waited for: the daemon outlives this command.
     let mut ready = child.stdout.take().ok_or_else(|| failed(&"it has no standard output"))?;
     let mut polled = [PollFd::new(&ready, PollFlags::IN)];
-    let patience = Timespec::try_from(START).map_err(|error| failed(&error))?;
+    let patience = Timespec::try_from(START_TIMEOUT).map_err(|error| failed(&error))?;
     match poll(&mut polled, Some(&patience)) {
         Ok(0) => Err(CliError::new(Exit::TIMED_OUT, "the loom daemon did not start in time").hint(log_hint())),
         Ok(_) if matches!(ready.read(&mut [0; 16]), Ok(1..)) => Ok(()),
-        Ok(_) => Err(failed(&"it ended at once").hint(log_hint())),
+        Ok(_) => Err(failed(&"it exited at once").hint(log_hint())),
         Err(error) => Err(failed(&error)),
     }
 }
 
-/// The daemon's log, emptied when it has grown long.
+/// Opens the daemon's log, and empties it if it is too long.
 fn log() -> Result<fs::File> {
     let directory = state_directory()?;
     let open = || -> std::io::Result<fs::File> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
         let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join("daemon.log"))?;
-        if log.metadata()?.len() > LONGEST_LOG {
+        if log.metadata()?.len() > MAX_LOG_SIZE {
             log.set_len(0)?;
         }
         Ok(log)
@@ -204,13 +200,10 @@ fn log() -> Result<fs::File> {
         .map_err(|error| CliError::failure(format!("cannot open the daemon's log in {}: {error}", directory.display())))
 }
 
-/// Where the daemon's log is kept.
 fn state_directory() -> Result<PathBuf> {
     let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     from("XDG_STATE_HOME")
         .or_else(|| from("HOME").map(|home| home.join(".local/state")))
         .map(|base| base.join("loom"))
-        .ok_or_else(|| {
-            CliError::failure("there is no place for the daemon's log: neither XDG_STATE_HOME nor HOME is set")
-        })
+        .ok_or_else(|| CliError::failure("no directory for the daemon's log: neither XDG_STATE_HOME nor HOME is set"))
 }

@@ -1,20 +1,20 @@
-//! The background daemon: one for each user, it owns the WireGuard node and all tunnels, and every command shares it.
+//! The background daemon: one for each user, shared by all commands. It owns the WireGuard nodes and all tunnels.
 //!
-//! A command that needs a tunnel connects to the daemon's socket ([`client`]), which starts the daemon when there is
-//! none. [`server`] is the daemon: a lock settles who it is, a private socket and the peer's credentials settle who may
-//! speak to it. For each Loom server it keeps one [`node`], and there for each weaver a [`weaver`] with its grant and,
-//! after `loom tunnel up`, its [`listeners`]. Tunnels heal without being told to: a weaver that stops answering is
-//! asked for anew.
+//! A command that needs a tunnel connects to the daemon's socket ([`client`]), and starts the daemon if there is none.
+//! [`server`] is the daemon itself: a lock ensures that there is only one, and a private socket and the peer's
+//! credentials that only its user can talk to it. For each Loom server it has one [`server_link`], and there for each
+//! weaver a [`weaver`] with its grant and, after `loom tunnel up`, its [`listeners`]. Tunnels recover by themselves:
+//! when a weaver stops answering, the link asks the server for a new grant.
 //!
-//! The daemon ends by itself when nobody has used it for a while.
+//! The daemon exits when it has been idle for a while.
 
 pub(crate) mod client;
 mod listeners;
-mod node;
 pub(crate) mod protocol;
 mod reference;
 mod relay;
 mod server;
+mod server_link;
 mod weaver;
 
 pub(crate) use self::server::run;
@@ -27,14 +27,13 @@ use std::{
 
 use crate::error::{CliError, Result};
 
-/// The socket's name in its directory.
 const SOCKET: &str = "daemon.sock";
 
-/// The directory of the daemon's socket and lock: private to its user, or refused.
+/// The directory of the daemon's socket and lock. Only its user must be able to enter it.
 fn runtime_directory() -> Result<PathBuf> {
     let uid = rustix::process::geteuid().as_raw();
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty()).map(PathBuf::from);
-    // Outside a login session the variable may name what is not there.
+    // Outside a login session the variable may name a directory that does not exist.
     let directory = runtime
         .filter(|base| base.is_dir())
         .map_or_else(|| PathBuf::from(format!("/tmp/loom-{uid}")), |base| base.join("loom"));
@@ -42,7 +41,7 @@ fn runtime_directory() -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// Makes a directory that only one user can enter; refuses one that is there and is not such.
+/// Creates a directory that only one user can enter; refuses an existing one that others can.
 fn private_directory(directory: &Path, uid: u32) -> Result<()> {
     let made = fs::DirBuilder::new().mode(0o700).create(directory);
     if let Err(error) = made
@@ -50,7 +49,7 @@ fn private_directory(directory: &Path, uid: u32) -> Result<()> {
     {
         return Err(CliError::failure(format!("making {}: {error}", directory.display())));
     }
-    // Not following links: the directory may be in a place where everybody can make them.
+    // Does not follow links: anybody may be able to create one there.
     let metadata = fs::symlink_metadata(directory)
         .map_err(|error| CliError::failure(format!("looking at {}: {error}", directory.display())))?;
     if !metadata.is_dir() || metadata.uid() != uid || metadata.mode() & 0o077 != 0 {

@@ -1,4 +1,4 @@
-//! Between commands and the daemon, on its unix socket.
+//! The protocol between commands and the daemon, on its unix socket.
 //!
 //! Each message is a `u32` length in network order and that many bytes of JSON, at most [`MAX_MESSAGE`]. The daemon
 //! begins with a [`Greeting`]; the command sends one [`Request`] and gets one [`Reply`]. After [`Reply::Connected`] the
@@ -11,114 +11,87 @@ use loom_api::Secret;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-/// The largest message, in bytes.
 const MAX_MESSAGE: u32 = 1 << 20;
 
-/// What the daemon says first.
+/// The daemon's first message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Greeting {
-    /// Its version; a command replaces a daemon of another one when that has nothing to do.
+    /// A command replaces a daemon of another version, unless it is busy.
     pub(crate) version: String,
     /// Whether tunnels are up or streams are open.
     pub(crate) busy: bool,
 }
 
-/// What a command wants, and as whom.
+/// What a command wants, and on whose behalf.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Request {
-    /// The Loom server.
     pub(crate) server_url: String,
-    /// The user's token there.
     pub(crate) token: Secret,
-    /// The authorities that the user trusts for that server, in PEM.
+    /// CA certificates (PEM) that the user trusts for this server, besides the system's.
     #[serde(default)]
     pub(crate) authorities: String,
-    /// What it wants.
     pub(crate) operation: Operation,
 }
 
-/// See [`Request`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "operation", rename_all = "snake_case")]
 pub(crate) enum Operation {
-    /// Opens a stream to a TCP port of a weaver.
-    Connect {
-        /// Id, beginning of one, or name.
-        weaver: String,
-        /// The port.
-        port: u16,
-    },
-    /// Brings a weaver's tunnel up, with listeners here.
+    /// Opens a stream to a TCP port of a weaver. `weaver`, here and below, is an id, a prefix of one, or a name.
+    Connect { weaver: String, port: u16 },
+    /// Brings a weaver's tunnel up, with local listeners.
     Up {
-        /// Id, beginning of one, or name.
         weaver: String,
-        /// Explicit forwards.
         forwards: Vec<Forward>,
         /// Where to serve SOCKS5.
         socks: Option<SocketAddr>,
     },
-    /// Takes tunnels down: one, or all.
-    Down {
-        /// Id, beginning of one, or name.
-        weaver: Option<String>,
-    },
-    /// Tells of tunnels: of one, or of all.
-    Status {
-        /// Id, beginning of one, or name.
-        weaver: Option<String>,
-    },
-    /// Ends the daemon.
+    /// Takes one tunnel down, or all.
+    Down { weaver: Option<String> },
+    /// Asks for the status of one tunnel, or of all.
+    Status { weaver: Option<String> },
+    /// Stops the daemon.
     Stop,
 }
 
-/// An explicit forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Forward {
-    /// Where to listen here.
+    /// Where to listen on this machine.
     pub(crate) local: SocketAddr,
-    /// The weaver's port.
+    /// The port in the weaver.
     pub(crate) remote: u16,
 }
 
-/// The daemon's answer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub(crate) enum Reply {
-    /// It is done.
     Done,
-    /// The stream begins.
+    /// The stream's bytes follow.
     Connected {
-        /// The weaver's id.
+        /// The weaver's full id.
         weaver: String,
-        /// The SSH authority's public key line.
+        /// The public key line of the server's SSH CA.
         ssh_ca: String,
     },
-    /// The tunnels that were asked for.
     Tunnels {
-        /// One for each weaver.
         tunnels: Vec<TunnelStatus>,
     },
-    /// It is not done.
+    /// See [`CliError`](crate::error::CliError).
     Failed {
-        /// The command's exit code.
         exit: u8,
-        /// What failed and why.
         message: String,
-        /// What to do.
         hint: Option<String>,
     },
 }
 
-/// A tunnel as it is: what `loom tunnel status --json` prints.
+/// The status of a tunnel, as `loom tunnel status --json` prints it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct TunnelStatus {
-    /// The weaver's id.
     pub(crate) weaver_id: String,
-    /// Whether it was brought up, or came with another command.
+    /// Whether `loom tunnel up` brought it up; if not, another command opened it.
     pub(crate) up: bool,
-    /// Where the weaver's ports are here, once it is up.
+    /// The loopback address on which the weaver's ports appear, if the tunnel is up.
     pub(crate) address: Option<String>,
-    /// `direct`, `relay` or `none`: the way that data takes.
+    /// The path in use: `direct`, `relay` or `none`.
     pub(crate) path: String,
     /// The UDP address of a direct path.
     pub(crate) endpoint: Option<SocketAddr>,
@@ -128,19 +101,17 @@ pub(crate) struct TunnelStatus {
     pub(crate) last_handshake_secs: Option<u64>,
     /// Seconds since anything authentic was received.
     pub(crate) last_received_secs: Option<u64>,
-    /// Bytes sent inside the tunnel.
+    /// Bytes inside the tunnel, without WireGuard's overhead.
     pub(crate) sent_bytes: u64,
-    /// Bytes received inside the tunnel.
     pub(crate) received_bytes: u64,
-    /// What is listened on here.
     pub(crate) forwards: Vec<ForwardStatus>,
     /// Where SOCKS5 is served.
     pub(crate) socks: Option<SocketAddr>,
-    /// What is wrong, if something is.
+    /// Why the weaver cannot be reached, if the daemon knows.
     pub(crate) problem: Option<String>,
-    /// Streams that other commands have open through it: SSH sessions, mostly.
+    /// Streams that other commands have open, mostly SSH sessions.
     pub(crate) streams: usize,
-    /// Seconds since the daemon has it.
+    /// Seconds since the daemon got its first grant for the weaver.
     pub(crate) uptime_secs: u64,
     /// When the weaver ends, as far as the daemon knows.
     pub(crate) expires_at: Timestamp,
@@ -149,27 +120,21 @@ pub(crate) struct TunnelStatus {
 /// A local listener.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ForwardStatus {
-    /// Where it listens here.
     pub(crate) local: SocketAddr,
-    /// The weaver's port.
     pub(crate) remote_port: u16,
-    /// Why it is not under its own number.
+    /// Why the local port has another number.
     pub(crate) note: Option<String>,
-    /// Why it does not listen.
+    /// Why nothing listens on the local port.
     pub(crate) error: Option<String>,
 }
 
-/// Reads a message.
-///
-/// # Errors
-///
-/// When the connection ends, the message is too long, or it is not what is expected.
+/// Reads a message. Fails when the connection ends, or the message is too long or not a `T`.
 pub(crate) async fn read<T: DeserializeOwned>(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<T> {
     let length = stream.read_u32().await?;
     if length > MAX_MESSAGE {
         return Err(std::io::Error::other(format!("a message of {length} bytes")));
     }
-    // Grows with what comes, not with what is promised.
+    // Grows with the bytes received, not with the announced length.
     let mut message = Vec::new();
     stream.take(length.into()).read_to_end(&mut message).await?;
     if message.len() < length as usize {
@@ -178,11 +143,6 @@ pub(crate) async fn read<T: DeserializeOwned>(stream: &mut (impl AsyncRead + Unp
     serde_json::from_slice(&message).map_err(std::io::Error::other)
 }
 
-/// Writes a message.
-///
-/// # Errors
-///
-/// When the connection ends.
 pub(crate) async fn write(stream: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) -> std::io::Result<()> {
     let body = serde_json::to_vec(message).map_err(std::io::Error::other)?;
     let length = u32::try_from(body.len()).ok().filter(|length| *length <= MAX_MESSAGE);

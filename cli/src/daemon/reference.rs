@@ -1,24 +1,24 @@
-//! What users call a weaver: its id, the beginning of it, its name, and any of these as the host name `….loom`.
+//! How users refer to a weaver: by its id, a prefix of it, its name, or any of these as the host name `….loom`.
 
 use crate::error::{CliError, Exit, Result};
 
-/// The longest thing that can name a weaver, in bytes: a DNS label has 63.
-const LONGEST: usize = 100;
+/// In bytes. Ids are shorter, and names are DNS labels, at most 63.
+const MAX_LENGTH: usize = 100;
 
-/// A reference as the server takes it. Host names come in small letters (RFC 4343) and with `.loom` at their end.
+/// The reference in the form that the server accepts. Host names may come in lower case (RFC 4343) and end in `.loom`.
 ///
 /// # Errors
 ///
-/// When it can name no weaver, and would say something else in a URL's path.
+/// When it cannot name a weaver, and could change the meaning of a URL's path.
 pub(crate) fn normalise(reference: &str) -> Result<String> {
     let bare = without_domain(reference);
     let fits =
-        (1..=LONGEST).contains(&bare.len()) && bare.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        (1..=MAX_LENGTH).contains(&bare.len()) && bare.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     if !fits {
         return Err(CliError::new(Exit::NO_SUCH_WEAVER, format!("there is no weaver {reference:?}"))
             .hint("ids and names have letters, digits and dashes; list your weavers with: loom ps"));
     }
-    // An id's letters are hexadecimal, and small; its kind is a capital.
+    // An id is a capital letter and lower-case hexadecimal.
     let lower = bare.to_ascii_lowercase();
     Ok(match lower.strip_prefix("w-") {
         Some(uuid) if uuid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') => format!("W-{uuid}"),

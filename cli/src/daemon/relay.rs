@@ -1,7 +1,7 @@
-//! The connection to the server's relay: one binary WebSocket message for each frame of the tunnel's.
+//! The connection to the server's relay: each of the tunnel's frames is one binary WebSocket message.
 //!
-//! A machine that changes its network keeps a TCP connection that will never carry anything again, and nobody tells it.
-//! So the socket is pinged, and one that says nothing for a while is given up; the tunnel then connects anew.
+//! When the machine changes its network, a TCP connection can be dead without any sign of it. So the socket is pinged,
+//! and closed when nothing comes for a while; the tunnel then reconnects.
 
 use std::{
     io,
@@ -20,24 +20,23 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::node::Node;
+use super::server_link::ServerLink;
 
-/// The interval between pings.
-const PING: Duration = Duration::from_secs(10);
-/// A relay that says nothing for so long, no answer to a ping either, is gone.
-const SILENCE: Duration = Duration::from_secs(25);
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// A relay that sends nothing for this long, not even a pong, is considered dead.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(25);
 
-/// Connects a node to its server's relay.
-pub(super) struct Relay(pub(super) Weak<Node>);
+/// Connects a [`ServerLink`] to its server's relay.
+pub(super) struct Relay(pub(super) Weak<ServerLink>);
 
 impl RelayConnector for Relay {
     async fn connect(&self) -> io::Result<RelayChannel> {
-        let node = self.0.upgrade().ok_or_else(|| io::Error::other("the node has ended"))?;
-        let path = format!("/api/relay?key={}", URL_SAFE_NO_PAD.encode(node.public_key().as_bytes()));
-        let opening = node.client().websocket(&path, Some(frame::SUBPROTOCOL), frame::MAX_MESSAGE).await;
+        let link = self.0.upgrade().ok_or_else(|| io::Error::other("the daemon is shutting down"))?;
+        let path = format!("/api/relay?key={}", URL_SAFE_NO_PAD.encode(link.public_key().as_bytes()));
+        let opening = link.client().websocket(&path, Some(frame::SUBPROTOCOL), frame::MAX_MESSAGE).await;
         match &opening {
-            Ok(_) => node.relay_answered(),
-            Err(error) if error.code() == Some(ErrorCode::Unauthorized) => node.relay_answered(),
+            Ok(_) => link.relay_answered(),
+            Err(error) if error.code() == Some(ErrorCode::Unauthorized) => link.relay_answered(),
             Err(_) => {}
         }
         let socket = Arc::new(Mutex::new(Socket::new(opening.map_err(io::Error::other)?)));
@@ -45,8 +44,7 @@ impl RelayConnector for Relay {
     }
 }
 
-/// Both halves' socket. The tunnel polls them in one task, so that one waker serves both, and the lock is never waited
-/// for.
+/// The socket of both halves. The tunnel polls both in one task, so one waker serves both and the lock never blocks.
 struct Socket {
     socket: WebSocket,
     ping: Interval,
@@ -55,7 +53,7 @@ struct Socket {
 
 impl Socket {
     fn new(socket: WebSocket) -> Self {
-        let mut ping = interval(PING);
+        let mut ping = interval(PING_INTERVAL);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self { socket, ping, heard: Instant::now() }
     }
@@ -75,7 +73,7 @@ impl Socket {
             }
         }
         while self.ping.poll_tick(cx).is_ready() {
-            if self.heard.elapsed() > SILENCE {
+            if self.heard.elapsed() > SILENCE_TIMEOUT {
                 return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())));
             }
             self.poll_ping(cx).map_err(other)?;
@@ -83,7 +81,7 @@ impl Socket {
         Poll::Pending
     }
 
-    /// Sends a ping, if one can be sent now; when not, much is under way anyway.
+    /// Sends a ping if the socket is ready; if not, there is traffic anyway.
     fn poll_ping(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
         if let Poll::Ready(ready) = self.pinned().poll_ready(cx) {
             ready?;
@@ -100,7 +98,7 @@ fn other(error: Error) -> io::Error {
     io::Error::other(error)
 }
 
-/// The half that is written to.
+/// The sending half.
 struct Writer(Arc<Mutex<Socket>>);
 
 impl Sink<Bytes> for Writer {
@@ -123,7 +121,7 @@ impl Sink<Bytes> for Writer {
     }
 }
 
-/// The half that is read from; it looks after the pings too.
+/// The receiving half, which also drives the pings.
 struct Reader(Arc<Mutex<Socket>>);
 
 impl Stream for Reader {

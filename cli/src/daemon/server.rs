@@ -1,4 +1,4 @@
-//! The daemon: it listens on its socket until nobody has needed it for a while.
+//! The daemon: serves commands on its socket until it has been idle for a while.
 
 use std::{
     collections::HashMap,
@@ -26,60 +26,61 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     SOCKET,
-    node::Node,
     protocol::{self, Greeting, Operation, Reply, Request},
     runtime_directory,
+    server_link::ServerLink,
     weaver::Weaver,
 };
 use crate::error::{CliError, Exit, Result};
 
-/// The daemon ends when it was not used for so long.
-const IDLE: Duration = Duration::from_secs(300);
+/// The daemon exits after being unused for this long.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// The same after the last tunnel was taken down.
-const IDLE_AFTER_DOWN: Duration = Duration::from_secs(2);
-/// How often it looks whether it is needed, and whether the clock has jumped.
+const IDLE_TIMEOUT_AFTER_DOWN: Duration = Duration::from_secs(2);
+/// Between two checks whether the daemon is idle and whether the clock has jumped.
 const TICK: Duration = Duration::from_secs(1);
-/// A wall clock that moves so much more than ours was stopped: the machine slept.
-const JUMP: Duration = Duration::from_secs(3);
-/// How long a server may take to be told that this device ends.
-const FAREWELL: Duration = Duration::from_secs(2);
-/// How long the daemon before may take to end.
-const PREDECESSOR: Duration = Duration::from_secs(8);
-/// How long a command may take to say what it wants.
-const REQUEST: Duration = Duration::from_secs(10);
-/// Commands served at once; more wait to be accepted.
-const MOST_CONNECTIONS: usize = 1024;
-/// Threads that carry the tunnels' data.
-const THREADS: usize = 2;
+/// If the wall clock advances this much more than the monotonic one, the machine has slept.
+const CLOCK_JUMP: Duration = Duration::from_secs(3);
+/// For removing this device at a server.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// For the previous daemon to exit.
+const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(8);
+/// For a command to send its request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Concurrent connections of commands; more wait to be accepted.
+const MAX_CONNECTIONS: usize = 1024;
+const WORKER_THREADS: usize = 2;
 
-/// The daemon's state.
 struct Daemon {
-    nodes: Mutex<HashMap<String, Arc<Node>>>,
+    links: Mutex<HashMap<String, Arc<ServerLink>>>,
     streams: AtomicUsize,
     last_used: Mutex<Instant>,
     taken_down: AtomicBool,
     stop: CancellationToken,
 }
 
-/// Runs until it is not needed any more, or told to stop. Says so on standard output when it serves.
+/// Runs until the daemon is idle or told to stop. Writes a line to standard output once it serves.
 ///
 /// # Errors
 ///
-/// When its place or its threads cannot be had.
+/// When the socket's directory or the runtime cannot be set up.
 pub(crate) async fn run() -> Result<Exit> {
     let filter =
         tracing_subscriber::EnvFilter::try_from_env("LOOM_LOG").unwrap_or_else(|_| "info,boringtun=off".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
-    // Our session ends with the terminal that we were started from; a session of our own does not.
+    // A session of its own, so that the daemon outlives the terminal it was started from.
     let _ = rustix::process::setsid();
     let directory = runtime_directory()?;
     let failed = |error: std::io::Error| CliError::failure(format!("cannot start the loom daemon: {error}"));
-    // Commands have one thread, to start fast; data has more.
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build().map_err(failed)?;
+    // `main`'s runtime has one thread, so that commands start fast; the tunnels' data needs more.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .enable_all()
+        .build()
+        .map_err(failed)?;
     let (sender, ended) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("daemon".to_owned()).spawn(move || {
-        // Who waits for the result is this process's main thread.
+        // The main thread waits for the result.
         let _ = sender.send(runtime.block_on(serve_from(&directory)));
         runtime.shutdown_background();
     });
@@ -89,12 +90,12 @@ pub(crate) async fn run() -> Result<Exit> {
 
 async fn serve_from(directory: &Path) -> Result<Exit> {
     let lock = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join("daemon.lock"))?;
-    // Commands start one daemon at a time, so the lock's holder is mostly one that is about to end.
+    // Commands start one daemon at a time, so whoever holds the lock is usually about to end.
     let began = Instant::now();
     while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-        if began.elapsed() > PREDECESSOR {
+        if began.elapsed() > PREDECESSOR_TIMEOUT {
             return Err(CliError::failure(format!(
-                "another loom daemon runs and does not end: it locks {}",
+                "another loom daemon does not exit; it holds the lock in {}",
                 directory.display()
             )));
         }
@@ -102,16 +103,16 @@ async fn serve_from(directory: &Path) -> Result<Exit> {
     }
     let path = directory.join(SOCKET);
     let temporary = directory.join("daemon.sock.new");
-    // What is there is from a daemon that has died: the lock is ours.
+    // We hold the lock, so this can only be left from a daemon that crashed.
     let _ = fs::remove_file(&temporary);
     let listener = UnixListener::bind(&temporary)?;
     fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))?;
     fs::rename(&temporary, &path)?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "the daemon serves");
-    say_ready();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "the daemon is ready");
+    report_ready();
 
     let daemon = Arc::new(Daemon {
-        nodes: Mutex::default(),
+        links: Mutex::default(),
         streams: AtomicUsize::new(0),
         last_used: Mutex::new(Instant::now()),
         taken_down: AtomicBool::new(false),
@@ -119,29 +120,29 @@ async fn serve_from(directory: &Path) -> Result<Exit> {
     });
     let mut connections = JoinSet::new();
     let served = serve(&daemon, &listener, &mut connections).await;
-    // First the socket: who comes now starts another daemon, which waits for the lock until our listeners are closed.
+    // The socket first: commands then start another daemon, which waits for the lock until our listeners are closed.
     let _ = fs::remove_file(&path);
     drop(listener);
     connections.shutdown().await;
-    let nodes: Vec<_> = daemon.nodes.lock().drain().map(|(_, node)| node).collect();
-    futures_util::future::join_all(nodes.iter().map(|node| end(node))).await;
-    tracing::info!("the daemon ends");
+    let links: Vec<_> = daemon.links.lock().drain().map(|(_, link)| link).collect();
+    futures_util::future::join_all(links.iter().map(|link| shut_down(link))).await;
+    tracing::info!("the daemon exits");
     drop(lock);
     served.map(|()| Exit::OK)
 }
 
-async fn end(node: &Node) {
-    if tokio::time::timeout(FAREWELL, node.end()).await.is_err() {
-        tracing::info!("a server was not told that this device ends: timed out");
+async fn shut_down(link: &ServerLink) {
+    if tokio::time::timeout(SHUTDOWN_TIMEOUT, link.shutdown()).await.is_err() {
+        tracing::info!("cannot tell a server that this device is gone: timed out");
     }
 }
 
-/// Tells the command that started us, which waits at the other end of our standard output, and lets go of that.
-fn say_ready() {
-    let told = std::io::stdout().write_all(b"ready\n").and_then(|()| std::io::stdout().flush());
+/// Tells the command that started this daemon, which reads our standard output, and closes that.
+fn report_ready() {
+    let written = std::io::stdout().write_all(b"ready\n").and_then(|()| std::io::stdout().flush());
     let null = fs::OpenOptions::new().write(true).open("/dev/null");
-    if let Err(error) = told.and(null).and_then(|null| Ok(rustix::stdio::dup2_stdout(&null)?)) {
-        tracing::debug!("nobody waits for the daemon: {error}");
+    if let Err(error) = written.and(null).and_then(|null| Ok(rustix::stdio::dup2_stdout(&null)?)) {
+        tracing::debug!("cannot report readiness: {error}");
     }
 }
 
@@ -151,11 +152,11 @@ async fn serve(daemon: &Arc<Daemon>, listener: &UnixListener, connections: &mut 
     let mut clocks = (Instant::now(), SystemTime::now());
     loop {
         tokio::select! {
-            accepted = listener.accept(), if connections.len() < MOST_CONNECTIONS => {
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => {
                 let stream = match accepted {
                     Ok((stream, _)) => stream,
                     Err(error) => {
-                        // Out of descriptors, for one. The tunnels that are there go on.
+                        // Perhaps out of file descriptors. Existing tunnels go on.
                         tracing::warn!("cannot accept a command's connection: {error}");
                         tokio::time::sleep(TICK).await;
                         continue;
@@ -163,7 +164,7 @@ async fn serve(daemon: &Arc<Daemon>, listener: &UnixListener, connections: &mut 
                 };
                 let daemon = Arc::clone(daemon);
                 connections.spawn(async move {
-                    if let Err(error) = daemon.answer(stream).await {
+                    if let Err(error) = daemon.handle(stream).await {
                         tracing::debug!("a command's connection ended: {error}");
                     }
                 });
@@ -173,9 +174,9 @@ async fn serve(daemon: &Arc<Daemon>, listener: &UnixListener, connections: &mut 
                 if daemon.is_idle() {
                     return Ok(());
                 }
-                if slept(&mut clocks) {
-                    tracing::info!("the machine slept; all paths are tried again");
-                    daemon.nodes().iter().for_each(|node| node.network_changed());
+                if has_slept(&mut clocks) {
+                    tracing::info!("the machine has slept; probing all paths");
+                    daemon.links().iter().for_each(|link| link.network_changed());
                 }
             }
             _ = terminate.recv() => return Ok(()),
@@ -185,26 +186,27 @@ async fn serve(daemon: &Arc<Daemon>, listener: &UnixListener, connections: &mut 
     }
 }
 
-/// Whether the wall clock has gone further than ours, which stands still while the machine sleeps.
-fn slept((then, wall_then): &mut (Instant, SystemTime)) -> bool {
+/// Whether the machine has slept since the last call: the monotonic clock stands still meanwhile, the wall clock does
+/// not.
+fn has_slept((then, wall_then): &mut (Instant, SystemTime)) -> bool {
     let (now, wall_now) = (Instant::now(), SystemTime::now());
     let wall = wall_now.duration_since(*wall_then).unwrap_or_default();
-    let slept = wall > now.duration_since(*then) + JUMP;
+    let slept = wall > now.duration_since(*then) + CLOCK_JUMP;
     (*then, *wall_then) = (now, wall_now);
     slept
 }
 
 impl Daemon {
-    fn nodes(&self) -> Vec<Arc<Node>> {
-        self.nodes.lock().values().cloned().collect()
+    fn links(&self) -> Vec<Arc<ServerLink>> {
+        self.links.lock().values().cloned().collect()
     }
 
     fn is_busy(&self) -> bool {
-        self.streams.load(Ordering::Relaxed) > 0 || self.nodes().iter().any(|node| node.has_up())
+        self.streams.load(Ordering::Relaxed) > 0 || self.links().iter().any(|link| link.has_up())
     }
 
     fn is_idle(&self) -> bool {
-        let limit = if self.taken_down.load(Ordering::Relaxed) { IDLE_AFTER_DOWN } else { IDLE };
+        let limit = if self.taken_down.load(Ordering::Relaxed) { IDLE_TIMEOUT_AFTER_DOWN } else { IDLE_TIMEOUT };
         let mut last_used = self.last_used.lock();
         if self.is_busy() {
             *last_used = Instant::now();
@@ -212,15 +214,14 @@ impl Daemon {
         last_used.elapsed() > limit
     }
 
-    /// Serves one command.
-    async fn answer(&self, mut stream: UnixStream) -> std::io::Result<()> {
+    async fn handle(&self, mut stream: UnixStream) -> std::io::Result<()> {
         let uid = rustix::process::geteuid().as_raw();
         if stream.peer_cred()?.uid() != uid {
             return Err(std::io::Error::other("another user's process"));
         }
         protocol::write(&mut stream, &Greeting { version: env!("CARGO_PKG_VERSION").to_owned(), busy: self.is_busy() })
             .await?;
-        let request: Request = tokio::time::timeout(REQUEST, protocol::read(&mut stream)).await??;
+        let request: Request = tokio::time::timeout(REQUEST_TIMEOUT, protocol::read(&mut stream)).await??;
         *self.last_used.lock() = Instant::now();
         let operation = request.operation.clone();
         self.taken_down.store(matches!(operation, Operation::Down { .. }), Ordering::Relaxed);
@@ -228,12 +229,12 @@ impl Daemon {
             Operation::Connect { weaver, port } => {
                 let connected = tokio::select! {
                     connected = self.connect(&request, &weaver, port) => connected,
-                    () = hung_up(&stream) => return Ok(()),
+                    () = closed(&stream) => return Ok(()),
                 };
                 match connected {
                     Ok((weaver, connection)) => {
                         let _used = weaver.begin_use();
-                        let _open = Open::new(&self.streams);
+                        let _open = StreamCount::new(&self.streams);
                         let reply = Reply::Connected { weaver: weaver.id.to_string(), ssh_ca: weaver.ssh_ca() };
                         protocol::write(&mut stream, &reply).await?;
                         return splice(stream, connection).await.map(drop);
@@ -246,41 +247,40 @@ impl Daemon {
             Operation::Status { weaver } => self.status(weaver.as_deref()),
             Operation::Stop => {
                 self.stop.cancel();
-                // Who asked for it hears that it is done when the connection ends, after the socket is gone.
+                // The closed connection is the reply: it comes after the socket is removed.
                 return std::future::pending().await;
             }
         };
         let reply = reply.unwrap_or_else(|error| {
-            let hint = error.advice().map(ToOwned::to_owned);
+            let hint = error.hint_text().map(ToOwned::to_owned);
             Reply::Failed { exit: error.exit().0, message: error.to_string(), hint }
         });
         protocol::write(&mut stream, &reply).await
     }
 
-    /// The node for the request's server; it is made at the first request.
-    fn node(&self, request: &Request) -> Result<Arc<Node>> {
-        let mut nodes = self.nodes.lock();
-        if let Some(node) = nodes.get(&request.server_url) {
-            node.renew_client(&request.token, &request.authorities)?;
-            return Ok(Arc::clone(node));
+    /// The link to the request's server, made at the first request.
+    fn link(&self, request: &Request) -> Result<Arc<ServerLink>> {
+        let mut links = self.links.lock();
+        if let Some(link) = links.get(&request.server_url) {
+            link.renew_client(&request.token, &request.authorities)?;
+            return Ok(Arc::clone(link));
         }
-        let node = Arc::new(Node::new(&request.server_url, &request.token, &request.authorities)?);
-        nodes.insert(request.server_url.clone(), Arc::clone(&node));
-        Ok(node)
+        let link = Arc::new(ServerLink::new(&request.server_url, &request.token, &request.authorities)?);
+        links.insert(request.server_url.clone(), Arc::clone(&link));
+        Ok(link)
     }
 
-    /// Another node in place of one that the server refuses, because another of its users had it or it is not the
-    /// server that it was.
-    async fn instead_of(&self, foreign: &Arc<Node>, request: &Request) -> Result<Arc<Node>> {
-        tracing::info!(server = request.server_url, "the server or the user has changed: another device begins");
+    /// Replaces a link whose key the server rejects: the user has changed, or another server has the old one's URL.
+    async fn replace(&self, rejected: &Arc<ServerLink>, request: &Request) -> Result<Arc<ServerLink>> {
+        tracing::info!(server = request.server_url, "the server or the user has changed; using a new device key");
         {
-            let mut nodes = self.nodes.lock();
-            if nodes.get(&request.server_url).is_some_and(|node| Arc::ptr_eq(node, foreign)) {
-                nodes.remove(&request.server_url);
+            let mut links = self.links.lock();
+            if links.get(&request.server_url).is_some_and(|link| Arc::ptr_eq(link, rejected)) {
+                links.remove(&request.server_url);
             }
         }
-        end(foreign).await;
-        self.node(request)
+        shut_down(rejected).await;
+        self.link(request)
     }
 
     async fn connect(
@@ -289,9 +289,9 @@ impl Daemon {
         weaver: &str,
         port: u16,
     ) -> Result<(Arc<Weaver>, loom_tunnel::TunnelStream)> {
-        let node = self.node(request)?;
-        match node.connect(weaver, port).await {
-            Err(_) if node.is_foreign() => self.instead_of(&node, request).await?.connect(weaver, port).await,
+        let link = self.link(request)?;
+        match link.connect(weaver, port).await {
+            Err(_) if link.is_rejected() => self.replace(&link, request).await?.connect(weaver, port).await,
             result => result,
         }
     }
@@ -303,43 +303,43 @@ impl Daemon {
         forwards: &[protocol::Forward],
         socks: Option<std::net::SocketAddr>,
     ) -> Result<Reply> {
-        let mut node = self.node(request)?;
-        let mut result = node.up(weaver, forwards, socks).await;
-        if result.is_err() && node.is_foreign() {
-            node = self.instead_of(&node, request).await?;
-            result = node.up(weaver, forwards, socks).await;
+        let mut link = self.link(request)?;
+        let mut result = link.up(weaver, forwards, socks).await;
+        if result.is_err() && link.is_rejected() {
+            link = self.replace(&link, request).await?;
+            result = link.up(weaver, forwards, socks).await;
         }
-        Ok(Reply::Tunnels { tunnels: vec![result?.status(&node)] })
+        Ok(Reply::Tunnels { tunnels: vec![result?.status(&link)] })
     }
 
     async fn down(&self, reference: Option<&str>) -> Result<Reply> {
-        for (node, weaver) in self.chosen(reference)? {
-            node.down(&weaver).await;
+        for (link, weaver) in self.select(reference)? {
+            link.down(&weaver).await;
         }
-        for node in self.nodes() {
-            node.ended(true);
+        for link in self.links() {
+            link.ended(true);
         }
         Ok(Reply::Done)
     }
 
     fn status(&self, reference: Option<&str>) -> Result<Reply> {
-        let mut tunnels: Vec<_> = self.chosen(reference)?.iter().map(|(node, weaver)| weaver.status(node)).collect();
+        let mut tunnels: Vec<_> = self.select(reference)?.iter().map(|(link, weaver)| weaver.status(link)).collect();
         if reference.is_none() {
-            tunnels.extend(self.nodes().iter().flat_map(|node| node.ended(false)));
+            tunnels.extend(self.links().iter().flat_map(|link| link.ended(false)));
         }
         Ok(Reply::Tunnels { tunnels })
     }
 
-    /// The one weaver that is meant, or all that have a tunnel.
-    fn chosen(&self, reference: Option<&str>) -> Result<Vec<(Arc<Node>, Arc<Weaver>)>> {
-        let nodes = self.nodes();
+    /// The weaver that `reference` names, or all that have a tunnel.
+    fn select(&self, reference: Option<&str>) -> Result<Vec<(Arc<ServerLink>, Arc<Weaver>)>> {
+        let links = self.links();
         let Some(reference) = reference else {
-            let of = |node: &Arc<Node>| {
-                node.weavers().into_iter().map(|weaver| (Arc::clone(node), weaver)).collect::<Vec<_>>()
+            let of = |link: &Arc<ServerLink>| {
+                link.weavers().into_iter().map(|weaver| (Arc::clone(link), weaver)).collect::<Vec<_>>()
             };
-            return Ok(nodes.iter().flat_map(of).collect());
+            return Ok(links.iter().flat_map(of).collect());
         };
-        let known = nodes.into_iter().find_map(|node| node.known(reference).map(|weaver| (node, weaver)));
+        let known = links.into_iter().find_map(|link| link.find(reference).map(|weaver| (link, weaver)));
         known.map(|known| vec![known]).ok_or_else(|| {
             CliError::failure(format!("there is no tunnel to {reference}"))
                 .hint(format!("bring it up: loom tunnel up {reference}"))
@@ -347,8 +347,8 @@ impl Daemon {
     }
 }
 
-/// Ends when a command has closed its connection: it says nothing more before it gets its reply.
-async fn hung_up(stream: &UnixStream) {
+/// Waits until a command closes its connection; it sends nothing more before the reply.
+async fn closed(stream: &UnixStream) {
     loop {
         let read = match stream.readable().await {
             Ok(()) => stream.try_read(&mut [0]),
@@ -360,17 +360,17 @@ async fn hung_up(stream: &UnixStream) {
     }
 }
 
-/// Counts a stream as long as it is open.
-struct Open<'a>(&'a AtomicUsize);
+/// Counts an open stream until dropped.
+struct StreamCount<'a>(&'a AtomicUsize);
 
-impl<'a> Open<'a> {
+impl<'a> StreamCount<'a> {
     fn new(count: &'a AtomicUsize) -> Self {
         count.fetch_add(1, Ordering::Relaxed);
         Self(count)
     }
 }
 
-impl Drop for Open<'_> {
+impl Drop for StreamCount<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

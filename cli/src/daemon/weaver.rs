@@ -1,4 +1,4 @@
-//! One weaver as the daemon knows it: its grant, and its listeners once the tunnel was brought up.
+//! A weaver as the daemon knows it: its grant, and its listeners once the tunnel is up.
 
 use std::{
     net::Ipv6Addr,
@@ -11,9 +11,9 @@ use loom_api::{WeaverId, tunnel::TunnelGrant};
 use loom_tunnel::{PathKind, PublicKey};
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{listeners::Listeners, node::Node, protocol::TunnelStatus};
+use super::{listeners::Listeners, protocol::TunnelStatus, server_link::ServerLink};
 
-/// One weaver that the node has a tunnel to.
+/// A weaver to which there is a tunnel.
 pub(crate) struct Weaver {
     pub(crate) id: WeaverId,
     state: Mutex<State>,
@@ -23,29 +23,29 @@ struct State {
     grant: TunnelGrant,
     listeners: Option<Arc<Listeners>>,
     problem: Option<String>,
-    /// How many streams of commands there are, those that are being opened included.
+    /// Open streams of commands, including those being opened.
     streams: usize,
-    /// Since when; the last of them ended then, or it was admitted.
-    used: Instant,
+    /// When the last stream ended, or the weaver was added.
+    last_used: Instant,
     since: Instant,
-    /// When the server was last asked, and how long to wait before the next question of our own.
-    asked: Instant,
-    pause: Option<Duration>,
+    /// When the grant was last renewed, or a renewal was last tried.
+    renewed: Instant,
+    /// How long to wait before the next renewal; none once the weaver has been heard.
+    renew_pause: Option<Duration>,
 }
 
-/// A stream of a command, as long as it lives.
-pub(crate) struct Use<'a>(&'a Weaver);
+/// Marks a weaver as used by a stream until dropped.
+pub(crate) struct UseGuard<'a>(&'a Weaver);
 
-impl Drop for Use<'_> {
+impl Drop for UseGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.streams -= 1;
-        state.used = Instant::now();
+        state.last_used = Instant::now();
     }
 }
 
 impl Weaver {
-    /// A weaver by its first grant.
     pub(crate) fn new(grant: &TunnelGrant) -> Self {
         let now = Instant::now();
         let state = State {
@@ -53,10 +53,10 @@ impl Weaver {
             listeners: None,
             problem: None,
             streams: 0,
-            used: now,
+            last_used: now,
             since: now,
-            asked: now,
-            pause: None,
+            renewed: now,
+            renew_pause: None,
         };
         Self { id: grant.weaver_id, state: Mutex::new(state) }
     }
@@ -65,39 +65,36 @@ impl Weaver {
         self.state.lock()
     }
 
-    /// Its address inside the tunnel.
     pub(crate) fn address(&self) -> Ipv6Addr {
         self.state().grant.peer_address
     }
 
-    /// The WireGuard public key of the weaver's agent.
     pub(crate) fn peer_key(&self) -> PublicKey {
         PublicKey::from(self.state().grant.peer_key.0)
     }
 
-    /// The authority that signs its SSH host key.
+    /// The CA that signs the weaver's SSH host key, as a public key line.
     pub(crate) fn ssh_ca(&self) -> String {
         self.state().grant.ssh_ca.clone()
     }
 
-    /// Takes a newer grant; the key that its agent had before.
-    pub(crate) fn renew(&self, grant: TunnelGrant) -> Option<PublicKey> {
+    /// Replaces the grant; returns the agent's previous key.
+    pub(crate) fn renew(&self, grant: TunnelGrant) -> PublicKey {
         let mut state = self.state();
         let old = PublicKey::from(state.grant.peer_key.0);
         state.grant = grant;
         state.problem = None;
-        state.asked = Instant::now();
-        Some(old)
+        state.renewed = Instant::now();
+        old
     }
 
     pub(crate) fn problem(&self) -> Option<String> {
         self.state().problem.clone()
     }
 
-    /// A command uses it until the guard is dropped.
-    pub(crate) fn begin_use(&self) -> Use<'_> {
+    pub(crate) fn begin_use(&self) -> UseGuard<'_> {
         self.state().streams += 1;
-        Use(self)
+        UseGuard(self)
     }
 
     /// Sets what `loom tunnel status` shows as the tunnel's problem.
@@ -105,59 +102,58 @@ impl Weaver {
         self.state().problem = problem;
     }
 
-    /// Whether its tunnel was brought up.
+    /// Whether `loom tunnel up` has brought the tunnel up.
     pub(crate) fn is_up(&self) -> bool {
         self.state().listeners.is_some()
     }
 
-    /// Whether anything depends on it now: listeners, or a stream.
+    /// Whether there are listeners or open streams.
     pub(crate) fn is_in_use(&self) -> bool {
         let state = self.state();
         state.listeners.is_some() || state.streams > 0
     }
 
-    /// The time since the last stream ended.
     pub(crate) fn unused_for(&self) -> Duration {
-        self.state().used.elapsed()
+        self.state().last_used.elapsed()
     }
 
-    /// Since the server last answered, or was last asked in vain.
-    pub(crate) fn unasked_for(&self) -> Duration {
-        self.state().asked.elapsed()
+    /// The time since the grant was last renewed, or a renewal was tried.
+    pub(crate) fn since_renewal(&self) -> Duration {
+        self.state().renewed.elapsed()
     }
 
-    /// Whether its grant ends within that time.
-    pub(crate) fn ends_within(&self, time: Duration) -> bool {
+    /// Whether the grant expires within this time.
+    pub(crate) fn expires_within(&self, time: Duration) -> bool {
         let left = self.state().grant.expires_at.duration_since(Timestamp::now());
         SignedDuration::try_from(time).is_ok_and(|time| left < time)
     }
 
-    /// It was heard: the next time it is silent, the server is asked soon.
-    pub(crate) fn trust(&self) {
-        self.state().pause = None;
+    /// The weaver was heard, so the next renewal may come at once.
+    pub(crate) fn reset_renewal(&self) {
+        self.state().renew_pause = None;
     }
 
-    /// Whether to ask the server now. The time between two questions doubles, from `first` to `longest`.
-    pub(crate) fn may_ask(&self, first: Duration, longest: Duration) -> bool {
+    /// Whether to renew the grant now. The pause between renewals doubles from `min` to `max`.
+    pub(crate) fn renewal_due(&self, min: Duration, max: Duration) -> bool {
         let mut state = self.state();
-        let pause = state.pause.unwrap_or(Duration::ZERO);
-        let may = state.asked.elapsed() >= pause;
-        if may {
-            state.asked = Instant::now();
-            state.pause = Some((pause * 2).clamp(first, longest));
+        let pause = state.renew_pause.unwrap_or(Duration::ZERO);
+        let due = state.renewed.elapsed() >= pause;
+        if due {
+            state.renewed = Instant::now();
+            state.renew_pause = Some((pause * 2).clamp(min, max));
         }
-        may
+        due
     }
 
-    /// Its listeners; made for its address when there are none. `make` may not ask anything of the weaver, which is
-    /// locked.
+    /// The listeners; made by `make`, from the weaver's address, if there are none. `make` must not call the weaver, which
+    /// is locked.
     pub(crate) fn listeners(&self, make: impl FnOnce(Ipv6Addr) -> Listeners) -> Arc<Listeners> {
         let mut state = self.state();
         let remote = state.grant.peer_address;
         Arc::clone(state.listeners.get_or_insert_with(|| Arc::new(make(remote))))
     }
 
-    /// Closes its listeners, and returns when they are.
+    /// Closes the listeners, and waits until they are closed.
     pub(crate) async fn close_listeners(&self) {
         let listeners = self.state().listeners.take();
         if let Some(listeners) = listeners {
@@ -165,9 +161,9 @@ impl Weaver {
         }
     }
 
-    /// How its tunnel is, judged by what was last authenticated.
-    pub(crate) fn status(&self, node: &Node) -> TunnelStatus {
-        let peer = node.peer(self.address());
+    /// The tunnel's status, judged by the packets that were last authenticated.
+    pub(crate) fn status(&self, link: &ServerLink) -> TunnelStatus {
+        let peer = link.peer(self.address());
         let state = self.state();
         let active = peer.as_ref().and_then(|peer| peer.paths.iter().find(|path| path.active));
         let (path, endpoint) = match active.map(|path| path.kind) {

@@ -1,5 +1,5 @@
-//! The built-in SSH client: it runs over the daemon's stream, needs nothing installed, and verifies the host without a
-//! question.
+//! The built-in SSH client. It runs over the daemon's stream, needs nothing installed, and verifies the host without
+//! asking the user.
 //!
 //! [`verify`] decides whether the host is the weaver; [`session`] runs a shell or a command on it.
 
@@ -8,7 +8,7 @@ mod verify;
 
 pub(crate) use self::session::{Remote, run};
 
-/// Quotes words for a POSIX shell, so that each arrives as it is.
+/// Quotes words for a POSIX shell.
 pub(crate) fn quote(words: &[String]) -> String {
     let quoted = words.iter().map(|word| {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./=:,@%+".contains(&byte);

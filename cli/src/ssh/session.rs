@@ -1,7 +1,7 @@
-//! One shell or command over SSH (RFC 4254 §6), with this terminal or these pipes as its ends.
+//! A shell or a command over SSH (RFC 4254 §6), connected to our standard input and output.
 //!
-//! Nothing here waits for the terminal in a way that keeps the connection waiting: input is read by a thread, output is
-//! written by tokio's, so that a stopped pager or Ctrl+S costs neither keep-alives nor the way out (`~.`).
+//! The terminal never blocks the connection: a thread of its own reads input and tokio's threads write output, so that
+//! keep-alives and the escape `~.` work even while a pager or Ctrl+S stops the output.
 
 use std::{
     borrow::Cow,
@@ -24,7 +24,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::verify::{Distrust, verify};
+use super::verify::{HostKeyError, verify};
 use crate::{
     daemon::client::Connected,
     error::{CliError, Exit, Result},
@@ -32,89 +32,89 @@ use crate::{
     terminal::{self, RawMode},
 };
 
-/// Bytes that may be under way to us in one channel: enough for a fast network with a long round trip.
+/// The channel's receive window, in bytes: enough for a fast network with a long round trip.
 const WINDOW: u32 = 16 << 20;
-/// Without a word from the host for so long, it is asked; after three times without an answer the connection is dead.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// How long the host may take until it runs what is wanted. The tunnel to it works already.
-const SETUP: Duration = Duration::from_secs(30);
-/// How long our farewell may take. The daemon tells the host anyway that we are gone.
-const FAREWELL: Duration = Duration::from_millis(200);
-/// One read from standard input.
-const CHUNK: usize = 32 << 10;
-/// Reads that wait to be sent.
-const CHUNKS: usize = 4;
-/// What `~?` shows.
+/// If the host sends nothing for this long, it is probed; after three unanswered probes the connection is dead.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// For the SSH handshake and the start of the command, over a tunnel that works already.
+const SETUP_TIMEOUT: Duration = Duration::from_secs(30);
+/// For sending the disconnect message. Without it the host sees the connection close.
+const DISCONNECT_TIMEOUT: Duration = Duration::from_millis(200);
+/// The size of one read from standard input.
+const CHUNK_SIZE: usize = 32 << 10;
+/// Reads that may wait to be sent.
+const CHUNK_QUEUE: usize = 4;
 const HELP: &[u8] =
     b"\r\nEscapes, at the beginning of a line:\r\n  ~.  ends the connection\r\n  ~~  types ~\r\n  ~?  this\r\n";
 
-/// What is to be run.
+/// What to run in the weaver.
 pub(crate) struct Remote {
-    /// A command line; a login shell when there is none.
+    /// A command line for the shell; without one, a login shell is started.
     pub(crate) command: Option<String>,
-    /// Whether to ask for a terminal.
+    /// Whether to request a terminal.
     pub(crate) terminal: bool,
     pub(crate) env: Vec<(String, String)>,
 }
 
-/// Trusts one host: the weaver.
-struct Host {
+/// Accepts only the weaver's host certificate.
+struct HostVerifier {
     authority: String,
     weaver: String,
 }
 
-/// Why a connection failed.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+enum HandlerError {
     #[error("the host is not trusted: {0}")]
-    Distrusted(#[from] Distrust),
+    HostKey(#[from] HostKeyError),
     #[error("{0}")]
     Ssh(#[from] russh::Error),
 }
 
-impl client::Handler for Host {
-    type Error = Failure;
+impl client::Handler for HostVerifier {
+    type Error = HandlerError;
 
-    async fn check_server_key(&mut self, shown: &PublicKeyOrCertificate) -> std::result::Result<bool, Failure> {
-        Ok(verify(shown, &self.authority, &self.weaver).map(|()| true)?)
+    async fn check_server_key(&mut self, offered: &PublicKeyOrCertificate) -> std::result::Result<bool, HandlerError> {
+        Ok(verify(offered, &self.authority, &self.weaver).map(|()| true)?)
     }
 }
 
-/// How the remote command ended.
+/// How the session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// With an exit code, or 128 plus a signal.
+enum Outcome {
+    /// The command's exit code, or 128 plus the number of the signal that ended it.
     Code(u8),
-    /// The host would not run it.
+    /// The weaver refused to run the command.
     Refused,
-    /// The connection ended before it did.
+    /// The connection ended before the command did.
     Lost,
     /// The user typed `~.`.
     Escaped,
-    /// Nobody reads our output any more.
+    /// Our standard output was closed.
     OutputClosed,
 }
 
-/// Runs something in a weaver to its end; its exit code, or 128 plus the signal.
+/// Runs a command or shell in a weaver; returns its exit code, or 128 plus the number of the signal that ended it.
 ///
 /// # Errors
 ///
 /// With exit code 255 when the connection itself fails.
 pub(crate) async fn run(connected: Connected, remote: Remote) -> Result<Exit> {
-    let setup = timeout(SETUP, Box::pin(set_up(connected, &remote))).await;
+    let setup = timeout(SETUP_TIMEOUT, Box::pin(set_up(connected, &remote))).await;
     let (session, channel) = setup.map_err(|_| failed("the weaver does not answer"))??;
-    let end = Box::pin(attend(channel, remote.terminal)).await;
-    // Whether the host hears it is of no consequence.
-    let _ = timeout(FAREWELL, session.disconnect(russh::Disconnect::ByApplication, "", "")).await;
+    let end = Box::pin(copy(channel, remote.terminal)).await;
+    // The host also notices when the connection closes.
+    let _ = timeout(DISCONNECT_TIMEOUT, session.disconnect(russh::Disconnect::ByApplication, "", "")).await;
     match end {
-        End::Code(code) => Ok(Exit(code)),
-        End::Refused => Err(failed("the weaver refused to run it")),
-        End::Lost => Err(failed("the connection was lost").hint("loom events ID shows what happened to the weaver")),
-        End::Escaped => {
+        Outcome::Code(code) => Ok(Exit(code)),
+        Outcome::Refused => Err(failed("the weaver refused to run it")),
+        Outcome::Lost => {
+            Err(failed("the connection was lost").hint("loom events ID shows what happened to the weaver"))
+        }
+        Outcome::Escaped => {
             output::note("connection closed");
             Ok(Exit::CONNECTION)
         }
-        End::OutputClosed => Err(CliError::silent(Exit::OUTPUT_CLOSED)),
+        Outcome::OutputClosed => Err(CliError::silent(Exit::OUTPUT_CLOSED)),
     }
 }
 
@@ -125,7 +125,7 @@ fn failed(why: impl fmt::Display) -> CliError {
 fn configuration() -> client::Config {
     client::Config {
         window_size: WINDOW,
-        keepalive_interval: Some(KEEP_ALIVE),
+        keepalive_interval: Some(KEEPALIVE_INTERVAL),
         preferred: Preferred {
             host_key_certificates: Cow::Borrowed(&[Algorithm::Ed25519]),
             key: Cow::Borrowed(&[Algorithm::Ed25519]),
@@ -135,15 +135,15 @@ fn configuration() -> client::Config {
     }
 }
 
-/// Verifies the host, and asks it to run what is wanted. Its answer to that comes with the output: no round trip is
-/// waited for that the protocol does not need.
-async fn set_up(connected: Connected, remote: &Remote) -> Result<(Handle<Host>, Channel<Msg>)> {
-    let host = Host { authority: connected.ssh_ca, weaver: connected.weaver };
+/// Verifies the host and requests the command. The reply to the request arrives with the output: waiting for it here
+/// would cost a round trip.
+async fn set_up(connected: Connected, remote: &Remote) -> Result<(Handle<HostVerifier>, Channel<Msg>)> {
+    let host = HostVerifier { authority: connected.ssh_ca, weaver: connected.weaver };
     let mut session =
         client::connect_stream(Arc::new(configuration()), connected.stream, host).await.map_err(failed)?;
     if !matches!(session.authenticate_none("loom").await.map_err(failed)?, AuthResult::Success) {
         return Err(failed("the weaver does not admit this device")
-            .hint("bring the tunnel up anew: loom tunnel down; loom tunnel up ID"));
+            .hint("bring the tunnel up again: loom tunnel down; loom tunnel up ID"));
     }
     let channel = session.channel_open_session().await.map_err(failed)?;
     request(&channel, remote).await.map_err(failed)?;
@@ -168,13 +168,13 @@ async fn request(channel: &Channel<Msg>, remote: &Remote) -> Result<(), russh::E
     }
 }
 
-/// Joins the channel with our ends until it closes.
-async fn attend(channel: Channel<Msg>, terminal: bool) -> End {
-    // Restored when this function ends, whatever ends it.
+/// Copies between the channel and our standard input and output until the channel closes.
+async fn copy(channel: Channel<Msg>, terminal: bool) -> Outcome {
+    // Restored when this function returns, for whatever reason.
     let raw = if terminal && io::stdin().is_terminal() { RawMode::enter().ok() } else { None };
     let (mut from_host, to_host) = channel.split();
-    let input = pump_input(&to_host, terminal, raw.as_ref());
-    let output = pump_output(&mut from_host);
+    let input = copy_input(&to_host, terminal, raw.as_ref());
+    let output = copy_output(&mut from_host);
     tokio::pin!(input);
     tokio::pin!(output);
     let mut input_open = true;
@@ -182,17 +182,17 @@ async fn attend(channel: Channel<Msg>, terminal: bool) -> End {
         tokio::select! {
             end = &mut output => return end,
             ended = &mut input, if input_open => match ended {
-                Input::Over => input_open = false,
-                Input::Escaped => return End::Escaped,
+                Input::Eof => input_open = false,
+                Input::Escaped => return Outcome::Escaped,
             },
         }
     }
 }
 
-/// Writes what the host sends, all of it, until the channel closes.
-async fn pump_output(from_host: &mut ChannelReadHalf) -> End {
+/// Writes all output from the host until the channel closes.
+async fn copy_output(from_host: &mut ChannelReadHalf) -> Outcome {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
-    let mut end = End::Lost;
+    let mut end = Outcome::Lost;
     while let Some(message) = from_host.wait().await {
         match message {
             ChannelMsg::Data { data } => {
@@ -201,18 +201,18 @@ async fn pump_output(from_host: &mut ChannelReadHalf) -> End {
                     stdout.flush().await
                 };
                 if written.await.is_err() {
-                    return End::OutputClosed; // as in `loom exec ID -- yes | head -1`
+                    return Outcome::OutputClosed; // as in `loom exec ID -- yes | head -1`
                 }
             }
             ChannelMsg::ExtendedData { data, ext: 1 } => {
-                // Nobody can be told that the errors cannot be shown.
+                // There is no way to report that standard error is closed.
                 let _ = stderr.write_all(&data).await;
                 let _ = stderr.flush().await;
             }
-            ChannelMsg::ExitStatus { exit_status } => end = End::Code((exit_status & 0xff) as u8),
-            ChannelMsg::ExitSignal { signal_name, .. } => end = End::Code(signal_code(&signal_name)),
-            // Only to the one request that wants an answer.
-            ChannelMsg::Failure => return End::Refused,
+            ChannelMsg::ExitStatus { exit_status } => end = Outcome::Code((exit_status & 0xff) as u8),
+            ChannelMsg::ExitSignal { signal_name, .. } => end = Outcome::Code(signal_code(&signal_name)),
+            // Only the request for the command or shell asks for a reply.
+            ChannelMsg::Failure => return Outcome::Refused,
             _ => {}
         }
     }
@@ -222,17 +222,17 @@ async fn pump_output(from_host: &mut ChannelReadHalf) -> End {
 /// How the input ended.
 enum Input {
     /// Standard input ended; output continues.
-    Over,
+    Eof,
     /// The user typed `~.`.
     Escaped,
 }
 
-/// Sends what is typed or piped, and follows the window of a terminal.
-async fn pump_input(to_host: &ChannelWriteHalf<Msg>, terminal: bool, raw: Option<&RawMode>) -> Input {
+/// Sends our standard input, and the size of the window whenever it changes.
+async fn copy_input(to_host: &ChannelWriteHalf<Msg>, terminal: bool, raw: Option<&RawMode>) -> Input {
     let (Ok(mut resized), Ok(mut continued)) =
         (signal(SignalKind::window_change()), signal(SignalKind::from_raw(Signal::CONT.as_raw())))
     else {
-        return Input::Over;
+        return Input::Eof;
     };
     let mut typed = read_input();
     let mut escape = Escape::default();
@@ -241,55 +241,54 @@ async fn pump_input(to_host: &ChannelWriteHalf<Msg>, terminal: bool, raw: Option
         tokio::select! {
             bytes = typed.recv(), if open => {
                 let Some(bytes) = bytes else {
-                    // The host may have closed already.
+                    // The host may have closed the channel already.
                     let _ = to_host.eof().await;
                     if !terminal {
-                        return Input::Over;
+                        return Input::Eof;
                     }
                     open = false;
                     continue;
                 };
                 let typed = if raw.is_some() { escape.feed(&bytes) } else { Typed::plain(bytes) };
                 if typed.help {
-                    // On a terminal that is gone nobody needs help.
+                    // A closed standard error needs no help text.
                     let _ = io::stderr().lock().write_all(HELP);
                 }
                 if typed.end {
                     return Input::Escaped;
                 }
                 if !typed.send.is_empty() && to_host.data_bytes(typed.send).await.is_err() {
-                    return Input::Over;
+                    return Input::Eof;
                 }
             }
             _ = resized.recv(), if terminal => {
-                if !tell_window(to_host).await {
-                    return Input::Over;
+                if !send_window_size(to_host).await {
+                    return Input::Eof;
                 }
             }
-            // The process was stopped, and the shell has made the terminal its own meanwhile.
+            // The process was stopped and continued; the shell has changed the terminal meanwhile.
             _ = continued.recv(), if raw.is_some() => {
-                let _ = raw.map(RawMode::again);
-                if !tell_window(to_host).await {
-                    return Input::Over;
+                let _ = raw.map(RawMode::reenter);
+                if !send_window_size(to_host).await {
+                    return Input::Eof;
                 }
             }
         }
     }
 }
 
-/// Tells the host how large the terminal is; whether that could be sent.
-async fn tell_window(to_host: &ChannelWriteHalf<Msg>) -> bool {
+/// Sends the terminal's size to the host; returns whether that worked.
+async fn send_window_size(to_host: &ChannelWriteHalf<Msg>) -> bool {
     let Some((rows, cols)) = terminal::window_size() else { return true };
     to_host.window_change(cols.into(), rows.into(), 0, 0).await.is_ok()
 }
 
-/// Reads standard input in a thread of its own, because reading a terminal cannot be cancelled; the thread ends with
-/// the process.
+/// Reads standard input in a thread, because reading a terminal cannot be cancelled; the thread ends with the process.
 fn read_input() -> mpsc::Receiver<Vec<u8>> {
-    let (sender, typed) = mpsc::channel(CHUNKS);
+    let (sender, typed) = mpsc::channel(CHUNK_QUEUE);
     std::thread::spawn(move || {
         let mut stdin = io::stdin().lock();
-        let mut buffer = vec![0; CHUNK];
+        let mut buffer = vec![0; CHUNK_SIZE];
         loop {
             match stdin.read(&mut buffer) {
                 Ok(count @ 1..) => {
@@ -305,14 +304,13 @@ fn read_input() -> mpsc::Receiver<Vec<u8>> {
     typed
 }
 
-/// What typed bytes mean.
+/// What to do with typed bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Typed {
-    /// Bytes to send to the host.
     send: Vec<u8>,
-    /// The user wants to know the escapes.
+    /// The user typed `~?`.
     help: bool,
-    /// The user wants to end the connection.
+    /// The user typed `~.`.
     end: bool,
 }
 
@@ -322,7 +320,7 @@ impl Typed {
     }
 }
 
-/// Looks for `~.` at the beginning of a line, as OpenSSH does: the way out when the weaver is gone.
+/// Detects escapes at the beginning of a line, as OpenSSH does. `~.` ends the session even when the weaver is gone.
 struct Escape {
     line_start: bool,
     tilde: bool,
@@ -407,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn help_swallows_nothing_but_itself() {
+    fn the_help_escape_swallows_only_itself() {
         let mut escape = Escape::default();
         assert_eq!(escape.feed(b"a\r~?ls\r"), Typed { send: b"a\rls\r".to_vec(), help: true, end: false });
         assert!(escape.feed(b"~?~.").end, "after the help it is still the beginning of the line");

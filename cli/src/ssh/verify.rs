@@ -1,66 +1,54 @@
-//! Is this host the weaver? It shows a certificate (OpenSSH PROTOCOL.certkeys); the server's authority must have signed
-//! it, for this weaver, as a host, for now.
+//! Verifies that the host is the weaver. Its certificate (OpenSSH PROTOCOL.certkeys) must be a host certificate for this
+//! weaver, signed by the server's SSH CA and valid now.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use russh::keys::{Certificate, PublicKey, PublicKeyOrCertificate, ssh_key::certificate::CertType};
 
-/// Why a host key is not trusted.
+/// Why the host is not trusted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Distrust {
-    /// The host offered a bare key without a certificate.
-    #[error("it shows no certificate")]
+pub(crate) enum HostKeyError {
+    #[error("it has no certificate")]
     NoCertificate,
-    /// The certificate is signed by another authority, or forged.
-    #[error("its certificate is not from this server's SSH authority")]
+    #[error("its certificate is not signed by this server's SSH CA")]
     Authority,
-    /// The certificate is not a host certificate.
-    #[error("its certificate is not for a host")]
+    #[error("its certificate is not a host certificate")]
     NotAHost,
-    /// The certificate is not valid now.
     #[error("its certificate is not valid now; is this machine's clock right?")]
     Time,
-    /// The certificate belongs to another weaver.
     #[error("its certificate is for {0}, not for this weaver")]
     Principal(String),
-    /// The certificate has critical options that this client does not know.
-    #[error("its certificate has the unknown condition {0:?}")]
-    Condition(String),
-    /// The authority's key that the server gave cannot be parsed.
-    #[error("the server's SSH authority cannot be read")]
+    #[error("its certificate has the unknown critical option {0:?}")]
+    CriticalOption(String),
+    #[error("the server's SSH CA key cannot be parsed")]
     BadAuthority,
 }
 
-/// Checks what a host shows.
-///
-/// # Errors
-///
-/// [`Distrust`].
-pub(crate) fn verify(shown: &PublicKeyOrCertificate, authority: &str, weaver: &str) -> Result<(), Distrust> {
-    let PublicKeyOrCertificate::Certificate(certificate) = shown else { return Err(Distrust::NoCertificate) };
-    let authority = PublicKey::from_openssh(authority).map_err(|_| Distrust::BadAuthority)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|_| Distrust::Time)?.as_secs();
+/// Checks the key or certificate that the host offered. `authority` is the public key line of the server's SSH CA.
+pub(crate) fn verify(offered: &PublicKeyOrCertificate, authority: &str, weaver: &str) -> Result<(), HostKeyError> {
+    let PublicKeyOrCertificate::Certificate(certificate) = offered else { return Err(HostKeyError::NoCertificate) };
+    let authority = PublicKey::from_openssh(authority).map_err(|_| HostKeyError::BadAuthority)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|_| HostKeyError::Time)?.as_secs();
     check(certificate, &authority, weaver, now)
 }
 
-fn check(certificate: &Certificate, authority: &PublicKey, weaver: &str, now: u64) -> Result<(), Distrust> {
+fn check(certificate: &Certificate, authority: &PublicKey, weaver: &str, now: u64) -> Result<(), HostKeyError> {
     if certificate.signature_key() != authority.key_data() || certificate.verify_signature().is_err() {
-        return Err(Distrust::Authority);
+        return Err(HostKeyError::Authority);
     }
     if certificate.cert_type() != CertType::Host {
-        return Err(Distrust::NotAHost);
+        return Err(HostKeyError::NotAHost);
     }
     let (after, before) = (certificate.valid_after(), certificate.valid_before());
     if now < after || now >= before {
-        return Err(Distrust::Time);
+        return Err(HostKeyError::Time);
     }
     if !certificate.valid_principals().iter().any(|principal| principal == weaver) {
-        return Err(Distrust::Principal(certificate.valid_principals().join(", ")));
+        return Err(HostKeyError::Principal(certificate.valid_principals().join(", ")));
     }
-    // Host certificates have no critical options so far; one that is not understood must be refused
-    // (PROTOCOL.certkeys).
+    // No critical options are defined for host certificates; an unknown one must be refused (PROTOCOL.certkeys).
     if let Some((name, _)) = certificate.critical_options().iter().next() {
-        return Err(Distrust::Condition(name.clone()));
+        return Err(HostKeyError::CriticalOption(name.clone()));
     }
     Ok(())
 }
@@ -101,44 +89,44 @@ mod tests {
         let trusted = authority.public_key();
         let good = certificate(CertType::Host, "W-1", &authority);
         assert_eq!(check(&good, trusted, "W-1", NOW), Ok(()));
-        assert_eq!(check(&good, trusted, "W-2", NOW), Err(Distrust::Principal("W-1".to_owned())));
-        assert_eq!(check(&good, trusted, "W-1", NOW + 10), Err(Distrust::Time));
-        assert_eq!(check(&good, trusted, "W-1", NOW - 11), Err(Distrust::Time));
-        assert_eq!(check(&good, stranger.public_key(), "W-1", NOW), Err(Distrust::Authority));
+        assert_eq!(check(&good, trusted, "W-2", NOW), Err(HostKeyError::Principal("W-1".to_owned())));
+        assert_eq!(check(&good, trusted, "W-1", NOW + 10), Err(HostKeyError::Time));
+        assert_eq!(check(&good, trusted, "W-1", NOW - 11), Err(HostKeyError::Time));
+        assert_eq!(check(&good, stranger.public_key(), "W-1", NOW), Err(HostKeyError::Authority));
         let foreign = certificate(CertType::Host, "W-1", &stranger);
-        assert_eq!(check(&foreign, trusted, "W-1", NOW), Err(Distrust::Authority));
+        assert_eq!(check(&foreign, trusted, "W-1", NOW), Err(HostKeyError::Authority));
         let users = certificate(CertType::User, "W-1", &authority);
-        assert_eq!(check(&users, trusted, "W-1", NOW), Err(Distrust::NotAHost));
+        assert_eq!(check(&users, trusted, "W-1", NOW), Err(HostKeyError::NotAHost));
     }
 
     #[test]
-    fn a_condition_that_is_not_understood_is_not_overlooked() {
+    fn an_unknown_critical_option_is_refused() {
         let authority = key(2);
         let mut conditional = builder(CertType::Host, "W-1");
         conditional.critical_option("only-on-sundays", "").unwrap();
         let conditional = conditional.sign(&authority).unwrap();
         assert_eq!(
             check(&conditional, authority.public_key(), "W-1", NOW),
-            Err(Distrust::Condition("only-on-sundays".to_owned()))
+            Err(HostKeyError::CriticalOption("only-on-sundays".to_owned()))
         );
     }
 
     #[test]
     fn a_certificate_for_everybody_is_not_believed() {
-        // Without principals OpenSSH's format means any host; ours never do.
+        // In OpenSSH's format no principals means any host; our CA never signs that.
         let authority = key(2);
         let mut anybody = Builder::new([0; 16], key(1).public_key().key_data().clone(), NOW - 10, NOW + 10).unwrap();
         anybody.cert_type(CertType::Host).unwrap();
         anybody.key_id("test").unwrap();
         anybody.all_principals_valid().unwrap();
         let anybody = anybody.sign(&authority).unwrap();
-        assert_eq!(check(&anybody, authority.public_key(), "W-1", NOW), Err(Distrust::Principal(String::new())));
+        assert_eq!(check(&anybody, authority.public_key(), "W-1", NOW), Err(HostKeyError::Principal(String::new())));
     }
 
     #[test]
     fn a_bare_key_is_not_believed() {
         let bare = PublicKeyOrCertificate::from(key(1).public_key().clone());
         let authority = key(2).public_key().to_openssh().unwrap();
-        assert_eq!(verify(&bare, &authority, "W-1"), Err(Distrust::NoCertificate));
+        assert_eq!(verify(&bare, &authority, "W-1"), Err(HostKeyError::NoCertificate));
     }
 }

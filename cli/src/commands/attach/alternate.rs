@@ -1,13 +1,13 @@
-//! Whether the alternate screen is shown, found in the bytes that a terminal is sent.
+//! Tracks whether the alternate screen is shown, from the bytes sent to the terminal.
 //!
-//! Whoever leaves must know: the sequence that leaves the alternate screen moves the cursor when it is not shown.
+//! When detaching we must know, because the sequence that leaves the alternate screen moves the cursor if it is not
+//! shown.
 
 /// The private modes that switch to it (xterm, "Private Modes").
 const MODES: [&[u8]; 3] = [b"47", b"1047", b"1049"];
-/// Longer parameters are no switch of ours.
+/// In bytes; a longer parameter string is not one of [`MODES`].
 const MAX_PARAMETERS: usize = 64;
 
-/// Follows the switches between the two screens.
 #[derive(Debug, Default)]
 pub(super) struct Alternate {
     shown: bool,
@@ -28,7 +28,7 @@ enum State {
 }
 
 impl Alternate {
-    /// Takes output; whether the alternate screen is shown after it.
+    /// Processes output; returns whether the alternate screen is shown after it.
     pub(super) fn feed(&mut self, output: &[u8]) -> bool {
         for &byte in output {
             self.state = match (self.state, byte) {
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn switches_are_followed_however_they_are_cut() {
+    fn switches_are_recognised_across_reads() {
         let output = b"text\x1b[?25l\x1b[?1049h\x1b[2Jvim";
         for cut in 0..output.len() {
             let mut alternate = Alternate::default();
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_modes_that_switch_count() {
+    fn other_modes_are_ignored() {
         let mut alternate = Alternate::default();
         assert!(!alternate.feed(b"\x1b[?1h\x1b[?2004h\x1b[47h?1049h\x1b[1049h"));
         assert!(alternate.feed(b"\x1b[?25;47h"));

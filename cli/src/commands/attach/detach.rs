@@ -1,27 +1,27 @@
-//! The keys that leave an attached terminal, found in the bytes that a keyboard sends.
+//! The keys that detach from a terminal, recognised in the bytes from the keyboard.
 //!
-//! A sequence may come in several reads, so its beginning is held back until the next key tells. [`Matcher::flush`]
-//! gives it up when no key comes, so that Ctrl+P alone still reaches the program.
+//! A key sequence may arrive in several reads, so its beginning is held back until the next key. If none comes,
+//! [`Matcher::flush`] releases it, so that Ctrl+P alone still reaches the program.
 
 use std::str::FromStr;
 
-/// Ctrl+D; and Ctrl+P Ctrl+Q, as other tools have it.
+/// Ctrl+D, or Ctrl+P Ctrl+Q as in Docker.
 pub(super) const DEFAULT: &str = "ctrl-d ctrl-p,ctrl-q";
-/// The longest sequence, in keys.
+/// In one sequence.
 const MAX_KEYS: usize = 8;
 
-/// What detaches: any of some sequences of keys; nothing does when there are none.
+/// Key sequences, each of which detaches. May be empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DetachKeys {
-    /// As bytes, none empty.
+    /// The bytes of each sequence; none is empty.
     sequences: Vec<Vec<u8>>,
 }
 
 impl FromStr for DetachKeys {
     type Err = String;
 
-    /// Sequences are separated by spaces, their keys by commas; a key is a character or `ctrl-` and one. `none` is
-    /// none.
+    /// Sequences are separated by spaces, their keys by commas; a key is a character, or `ctrl-` and a character. `none`
+    /// means no sequence.
     fn from_str(text: &str) -> Result<Self, String> {
         if text.trim() == "none" {
             return Ok(Self { sequences: Vec::new() });
@@ -33,8 +33,8 @@ impl FromStr for DetachKeys {
                 return Err(format!("more than {MAX_KEYS} keys in {sequence:?}"));
             }
             if let [control @ 1..=26] = keys[..] {
-                // The same key from terminals whose program asked for another encoding: the kitty keyboard protocol,
-                // and xterm's modifyOtherKeys.
+                // The same key in the encodings that a program can request: the kitty keyboard protocol and xterm's
+                // modifyOtherKeys.
                 let letter = control + b'a' - 1;
                 sequences.push(format!("\x1b[{letter};5u").into_bytes());
                 sequences.push(format!("\x1b[27;5;{letter}~").into_bytes());
@@ -50,7 +50,7 @@ impl FromStr for DetachKeys {
 
 /// The byte that a key sends.
 fn key(text: &str) -> Result<u8, String> {
-    let wrong = || format!("{text:?} is no key: expected a character, or ctrl- and one of a-z, @, [, \\, ], ^, _");
+    let wrong = || format!("{text:?} is not a key: expected a character, or ctrl- and one of a-z, @, [, \\, ], ^, _");
     let lower = text.to_ascii_lowercase();
     match lower.strip_prefix("ctrl-").or_else(|| lower.strip_prefix('^')).map(str::as_bytes) {
         Some([letter @ (b'a'..=b'z')]) => Ok(letter - b'a' + 1),
@@ -63,16 +63,16 @@ fn key(text: &str) -> Result<u8, String> {
     }
 }
 
-/// What came of some keys.
+/// The result of some typed bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Matched {
     /// For the program.
     pub(super) input: Vec<u8>,
-    /// Whether the person leaves; what came after the keys is nobody's.
+    /// Whether the user detaches; bytes typed after that are dropped.
     pub(super) detach: bool,
 }
 
-/// Looks for the sequences in what is typed.
+/// Finds the sequences in the typed bytes.
 #[derive(Debug)]
 pub(super) struct Matcher {
     keys: DetachKeys,
@@ -85,12 +85,11 @@ impl Matcher {
         Self { keys, held: Vec::new() }
     }
 
-    /// Takes what was typed.
     pub(super) fn feed(&mut self, typed: &[u8]) -> Matched {
         let mut input = Vec::with_capacity(self.held.len() + typed.len());
         for &byte in typed {
             self.held.push(byte);
-            // What cannot begin a sequence is input, from the oldest byte on.
+            // Bytes that cannot begin a sequence are input.
             while !self.held.is_empty() && !self.keys.sequences.iter().any(|keys| keys.starts_with(&self.held)) {
                 input.push(self.held.remove(0));
             }
@@ -99,19 +98,19 @@ impl Matcher {
                 return Matched { input, detach: true };
             }
         }
-        // A terminal sends the bytes of one key at once: an escape at the end is the Escape key, and must not wait.
+        // A terminal sends the bytes of a key at once, so an escape at the end is the Escape key and must not wait.
         if self.held.first() == Some(&0x1b) {
             input.append(&mut self.held);
         }
         Matched { input, detach: false }
     }
 
-    /// Whether something is held back.
+    /// Whether bytes are held back.
     pub(super) const fn holds(&self) -> bool {
         !self.held.is_empty()
     }
 
-    /// Gives up what is held back: no further key came.
+    /// Releases the bytes held back, because no further key came.
     pub(super) fn flush(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.held)
     }
@@ -164,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_can_be_chosen_or_forgone() {
+    fn keys_can_be_chosen_or_disabled() {
         let mut own = matcher("ctrl-],q");
         assert_eq!(own.feed(b"\x04"), input(b"\x04"));
         assert!(own.feed(b"\x1dq").detach);
@@ -173,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_no_key() {
+    fn invalid_keys_are_refused() {
         for text in ["", "ctrl-", "ctrl-1", "ctrl-ab", "ctrl-p,", "é", "ab", "a,a,a,a,a,a,a,a,a"] {
             assert!(text.parse::<DetachKeys>().is_err(), "{text}");
         }

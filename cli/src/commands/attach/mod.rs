@@ -1,9 +1,9 @@
-//! `loom attach`: a person at a weaver's main terminal.
+//! `loom attach`: connects the user's terminal to a weaver's main terminal.
 //!
-//! Three things go on at once until one of them ends the attach: the keyboard is read ([`detach`] finds the keys that
-//! leave), the connection is kept (a broken one is replaced for as long as the weaver lives; [`session`] knows what the
-//! next one has to ask for and to send again), and the process may have been stopped for a while. The user's own
-//! terminal is put back by [`crate::terminal`]; [`alternate`] tells it which screen is shown.
+//! Three activities run at once until one of them ends the attach: reading the keyboard ([`detach`] recognises the keys
+//! that detach), maintaining the connection (a broken one is replaced for as long as the weaver lives; [`session`] knows
+//! what the next one has to ask for and to send again), and watching for the process being stopped and continued. The
+//! user's own terminal is restored by [`crate::terminal`]; [`alternate`] tells it which screen is shown.
 
 mod alternate;
 mod detach;
@@ -39,7 +39,7 @@ use uuid::Uuid;
 use self::{
     alternate::Alternate,
     detach::{DetachKeys, Matcher},
-    session::{Frame, Session, Told},
+    session::{Frame, Session, SessionEvent},
 };
 use super::logs;
 use crate::{
@@ -51,28 +51,26 @@ use crate::{
     terminal::{self, RawMode},
 };
 
-/// Between two signs of life on a quiet connection.
-const PING: Duration = Duration::from_secs(8);
-/// A connection on which nothing came for so long is dead: two pings were not answered.
-const DEAD: Duration = Duration::from_secs(20);
-/// How long the beginning of the detach keys waits for its rest before the program gets it.
-const HOLD: Duration = Duration::from_millis(500);
-/// How long a connection may be away before the person is told.
-const TELL_AFTER: Duration = Duration::from_secs(2);
-/// A connection that lived for so long was a good one.
-const GOOD: Duration = Duration::from_secs(5);
-/// How long the last output may take on its way to the terminal.
-const LAST_WRITE: Duration = Duration::from_millis(500);
-/// How long the server may take to say why the program ended.
-const WHY: Duration = Duration::from_secs(2);
-/// Ctrl+C.
-const INTERRUPT: u8 = 3;
+/// Between pings on an idle connection.
+const PING_INTERVAL: Duration = Duration::from_secs(8);
+/// A connection on which nothing arrives for this long is dead: two pings were not answered.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the beginning of a detach sequence is held back before the program gets it.
+const DETACH_KEY_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long the connection may be lost before the user is told.
+const NOTICE_DELAY: Duration = Duration::from_secs(2);
+/// A connection that lasted this long resets the backoff.
+const STABLE_AFTER: Duration = Duration::from_secs(5);
+/// For writing the last output to the terminal.
+const FINAL_WRITE_TIMEOUT: Duration = Duration::from_millis(500);
+/// For asking the server why the program ended.
+const EXIT_REASON_TIMEOUT: Duration = Duration::from_secs(2);
+const CTRL_C: u8 = 3;
 
-/// Joins a weaver's main terminal.
+/// Attaches to a weaver's main terminal.
 ///
-/// Never a new session: everybody who attaches sees and types into the same one. Leave it with Ctrl+D, or Ctrl+P
-/// Ctrl+Q; the program goes on. A connection that breaks is replaced, and nothing is lost. Returns the program's exit
-/// code when it ends.
+/// Everybody who attaches shares one terminal. Detach with Ctrl+D, or Ctrl+P Ctrl+Q; the program keeps running. A broken
+/// connection is replaced without losing anything. When the program ends, its exit code is returned.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -84,13 +82,13 @@ Examples:
 Keys are characters or ctrl-X; commas make a sequence, spaces separate alternatives, `none` is none.
 The default can be set by LOOM_DETACH_KEYS, or detach_keys in config.toml.")]
 pub(crate) struct Args {
-    /// The weaver: its id, the beginning of it, or its name
+    /// The weaver: its id, a prefix of it, or its name
     #[arg(value_name = "ID", add = ArgValueCandidates::new(completion::weavers))]
     id: String,
-    /// Watch only
+    /// Only watch: send no input
     #[arg(long)]
     read_only: bool,
-    /// The keys that leave [default: "ctrl-d ctrl-p,ctrl-q"]
+    /// The keys that detach [default: "ctrl-d ctrl-p,ctrl-q"]
     #[arg(long, value_name = "KEYS")]
     detach_keys: Option<DetachKeys>,
 }
@@ -99,14 +97,14 @@ pub(crate) struct Args {
 pub(super) struct Options {
     read_only: bool,
     detach_keys: Option<DetachKeys>,
-    /// The weaver has just been made: that its program has ended already is an outcome, not a mistake.
-    just_made: bool,
+    /// The weaver has just been created: if its program has ended already, that is not an error.
+    just_created: bool,
 }
 
 impl Options {
-    /// How `loom new` attaches.
-    pub(super) fn just_made() -> Self {
-        Self { just_made: true, ..Self::default() }
+    /// For `loom new`.
+    pub(super) fn just_created() -> Self {
+        Self { just_created: true, ..Self::default() }
     }
 }
 
@@ -114,11 +112,11 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let client = context.client()?;
     let weaver: Weaver =
         client.get(&super::weaver_path(&args.id)?).await.doing(format_args!("cannot attach to {}", args.id))?;
-    let options = Options { read_only: args.read_only, detach_keys: args.detach_keys.clone(), just_made: false };
+    let options = Options { read_only: args.read_only, detach_keys: args.detach_keys.clone(), just_created: false };
     attach(context, &client, weaver.id, options).await
 }
 
-/// Attaches to the weaver's main terminal until the person leaves or the program ends.
+/// Attaches to the weaver's main terminal until the user detaches or the program ends.
 pub(super) async fn attach(context: &Context, client: &Client, weaver: WeaverId, options: Options) -> Result<Exit> {
     let keys = match (options.detach_keys, &context.settings.detach_keys) {
         (Some(keys), _) => keys,
@@ -142,12 +140,12 @@ pub(super) async fn attach(context: &Context, client: &Client, weaver: WeaverId,
         line_is_open: Cell::new(false),
     };
     let mut stdout = tokio::io::stdout();
-    // Before the terminal is raw: an error here is an ordinary one.
+    // Connects before entering raw mode, so that errors print normally.
     let outcome = match attachment.connect().await {
         Ok(socket) => {
             if io::stdin().is_terminal() {
                 let raw = RawMode::enter().map_err(|error| {
-                    CliError::failure(format!("cannot attach: the terminal cannot be made raw: {error}"))
+                    CliError::failure(format!("cannot attach: the terminal cannot enter raw mode: {error}"))
                 })?;
                 attachment.raw = Some(raw);
             }
@@ -158,36 +156,35 @@ pub(super) async fn attach(context: &Context, client: &Client, weaver: WeaverId,
                 never = attachment.watch_for_stops() => match never {},
             }
         }
-        Err(error) if options.just_made => attachment.ended(error).await.map(Outcome::Exited),
+        Err(error) if options.just_created => attachment.ended(error).await.map(Outcome::Exited),
         Err(error) => return Err(CliError::from(error).doing("cannot attach")),
     };
     if matches!(outcome, Ok(Outcome::Exited(_))) && !attachment.drawn.get() {
-        // It was over before there was anything to see.
-        let _ = timeout(LAST_WRITE, stdout.write_all(&logs::of_ended(client, weaver).await)).await;
+        // The program ended before anything was shown.
+        let _ = timeout(FINAL_WRITE_TIMEOUT, stdout.write_all(&logs::final_output(client, weaver).await)).await;
     }
-    let _ = timeout(LAST_WRITE, stdout.flush()).await;
+    let _ = timeout(FINAL_WRITE_TIMEOUT, stdout.flush()).await;
     attachment.raw = None;
     attachment.begin_line()?;
     attachment.report(outcome?)
 }
 
-/// How an attach ends well.
+/// How an attach ended, other than by an error.
 enum Outcome {
-    /// The user detached.
     Detached,
-    /// The program ended with this code.
+    /// The program's exit code.
     Exited(i32),
 }
 
-/// What ended one connection.
-enum End {
-    /// The connection was lost; the next one follows.
-    Broken,
+/// Why a connection ended.
+enum ConnectionEnd {
+    /// The connection was lost, and is to be replaced.
+    Lost,
     /// The attach has ended.
     Final(Outcome),
 }
 
-/// The parts that the activities share. They run on one thread, one at a time.
+/// The state that the activities share; they run on one thread.
 struct Attachment<'a> {
     client: &'a Client,
     weaver: WeaverId,
@@ -197,19 +194,19 @@ struct Attachment<'a> {
     typed: Notify,
     /// There may be room for input.
     room: Notify,
-    /// The connection is to be replaced, for a redrawn screen.
+    /// The connection is to be replaced, to get the screen redrawn.
     reopen: Notify,
     raw: Option<RawMode>,
     on_terminal: bool,
     alternate: RefCell<Alternate>,
-    /// The first snapshot has come.
+    /// The first snapshot has been drawn.
     drawn: Cell<bool>,
-    /// The cursor may stand behind something on its line.
+    /// The cursor may not be at the beginning of a line.
     line_is_open: Cell<bool>,
 }
 
 impl Attachment<'_> {
-    /// Reads the keyboard until the person leaves. The end of the input is not the end of the attach.
+    /// Reads the keyboard until the user detaches. The end of the input does not end the attach.
     async fn keyboard(&self, mut matcher: Option<Matcher>) -> Outcome {
         let mut stdin = tokio::io::stdin();
         let mut buffer = vec![0; 16 << 10];
@@ -218,8 +215,11 @@ impl Attachment<'_> {
                 self.room.notified().await;
             }
             let holds = matcher.as_ref().is_some_and(Matcher::holds);
-            let read =
-                if holds { timeout(HOLD, stdin.read(&mut buffer)).await } else { Ok(stdin.read(&mut buffer).await) };
+            let read = if holds {
+                timeout(DETACH_KEY_TIMEOUT, stdin.read(&mut buffer)).await
+            } else {
+                Ok(stdin.read(&mut buffer).await)
+            };
             let typed = match read {
                 Ok(Ok(length @ 1..)) => &buffer[..length],
                 Ok(Ok(0) | Err(_)) => {
@@ -235,7 +235,7 @@ impl Attachment<'_> {
                 self.push(typed);
                 continue;
             };
-            if self.read_only && typed.contains(&INTERRUPT) {
+            if self.read_only && typed.contains(&CTRL_C) {
                 return Outcome::Detached;
             }
             let matched = matcher.feed(typed);
@@ -251,7 +251,7 @@ impl Attachment<'_> {
         self.typed.notify_one();
     }
 
-    /// Keeps a connection until the program has ended or nobody can attach any more.
+    /// Maintains the connection until the program has ended or attaching is no longer possible.
     async fn network(&self, mut socket: WebSocket, stdout: &mut Stdout) -> Result<Outcome> {
         let mut backoff = Backoff::default();
         loop {
@@ -260,13 +260,13 @@ impl Attachment<'_> {
             let (mut sink, mut stream) = socket.split();
             let end = tokio::select! {
                 end = self.downstream(&mut stream, stdout) => end?,
-                () = self.upstream(&mut sink) => End::Broken,
-                () = self.reopen.notified() => End::Broken,
+                () = self.upstream(&mut sink) => ConnectionEnd::Lost,
+                () = self.reopen.notified() => ConnectionEnd::Lost,
             };
-            if let End::Final(outcome) = end {
+            if let ConnectionEnd::Final(outcome) = end {
                 return Ok(outcome);
             }
-            if opened.elapsed() >= GOOD {
+            if opened.elapsed() >= STABLE_AFTER {
                 backoff.reset();
             }
             socket = match self.reconnect(&mut backoff, stdout).await? {
@@ -276,18 +276,18 @@ impl Attachment<'_> {
         }
     }
 
-    /// Tries until there is a connection; the inner error says that there will be none.
+    /// Retries until there is a connection. The inner error means that there will be none.
     async fn reconnect(&self, backoff: &mut Backoff, stdout: &mut Stdout) -> Result<Result<WebSocket, ClientError>> {
         let since = Instant::now();
-        let mut told = false;
+        let mut notified = false;
         loop {
             backoff.wait().await;
             match self.connect().await {
                 Ok(socket) => return Ok(Ok(socket)),
                 Err(error) if error.code().is_some_and(ends_the_attach) => return Ok(Err(error)),
-                Err(_) if !told && since.elapsed() >= TELL_AFTER => {
-                    told = true;
-                    self.tell("connection lost; trying again", stdout).await?;
+                Err(_) if !notified && since.elapsed() >= NOTICE_DELAY => {
+                    notified = true;
+                    self.show_notice("connection lost; reconnecting", stdout).await?;
                 }
                 Err(_) => {}
             }
@@ -303,10 +303,10 @@ impl Attachment<'_> {
         self.on_terminal.then(terminal::window_size).flatten()
     }
 
-    /// Sends input, the window's size and signs of life, until the connection breaks.
+    /// Sends input, changes of the window's size, and pings until the connection breaks.
     async fn upstream(&self, sink: &mut SplitSink<WebSocket, Message>) {
         let Ok(mut resized) = signal(SignalKind::window_change()) else { return };
-        let mut ping = interval(PING);
+        let mut ping = interval(PING_INTERVAL);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let piece = self.session.borrow_mut().next_input();
@@ -334,48 +334,53 @@ impl Attachment<'_> {
     }
 
     /// Shows output until the connection breaks or the program ends.
-    async fn downstream(&self, stream: &mut SplitStream<WebSocket>, stdout: &mut Stdout) -> Result<End> {
+    async fn downstream(&self, stream: &mut SplitStream<WebSocket>, stdout: &mut Stdout) -> Result<ConnectionEnd> {
         loop {
-            let Ok(Some(Ok(message))) = timeout(DEAD, stream.next()).await else { return Ok(End::Broken) };
+            let Ok(Some(Ok(message))) = timeout(SILENCE_TIMEOUT, stream.next()).await else {
+                return Ok(ConnectionEnd::Lost);
+            };
             match message {
                 Message::Binary(bytes) => {
                     let frame = self.session.borrow_mut().output(bytes.len());
-                    // Told before it is shown, so that whatever ends us here puts back too much rather than too little.
+                    // Before writing, so that if we are interrupted here the terminal is restored completely.
                     if let Some(raw) = &self.raw {
                         raw.alternate_screen(self.alternate.borrow_mut().feed(&bytes));
                     }
                     if frame == Frame::Snapshot && !self.drawn.replace(true) {
-                        self.keep_what_is_shown(stdout).await?;
+                        self.scroll_content_away(stdout).await?;
                     }
                     self.write(&bytes, stdout).await?;
                     self.line_is_open.set(frame == Frame::Snapshot || bytes.last().is_some_and(|byte| *byte != b'\n'));
                 }
                 Message::Text(text) => {
-                    // What this build does not know is a newer server's, and no reason to part.
+                    // Ignore messages of a newer server.
                     let Ok(control) = serde_json::from_str::<ServerControl>(&text) else { continue };
-                    let told = self.session.borrow_mut().control(control);
+                    let event = self.session.borrow_mut().control(control);
                     self.typed.notify_one();
                     self.room.notify_one();
-                    match told {
-                        Told::Nothing | Told::Attached => {}
-                        Told::Expiring(seconds) => self.tell(&expiring(seconds), stdout).await?,
-                        Told::Exited(code) => {
-                            return self.exited(code).await.map(|code| End::Final(Outcome::Exited(code)));
+                    match event {
+                        SessionEvent::Nothing | SessionEvent::Attached => {}
+                        SessionEvent::Expiring(seconds) => self.show_notice(&expiring(seconds), stdout).await?,
+                        SessionEvent::Exited(code) => {
+                            return self.exited(code).await.map(|code| ConnectionEnd::Final(Outcome::Exited(code)));
                         }
-                        Told::Refused(error) if ends_the_attach(error.code) => {
-                            return self.ended(error.into()).await.map(|code| End::Final(Outcome::Exited(code)));
+                        SessionEvent::Refused(error) if ends_the_attach(error.code) => {
+                            return self
+                                .ended(error.into())
+                                .await
+                                .map(|code| ConnectionEnd::Final(Outcome::Exited(code)));
                         }
-                        Told::Refused(_) => return Ok(End::Broken),
+                        SessionEvent::Refused(_) => return Ok(ConnectionEnd::Lost),
                     }
                 }
-                Message::Close(_) => return Ok(End::Broken),
+                Message::Close(_) => return Ok(ConnectionEnd::Lost),
                 _ => {}
             }
         }
     }
 
-    /// Scrolls what the person's terminal shows out of the way of the first drawing, which clears the window.
-    async fn keep_what_is_shown(&self, stdout: &mut Stdout) -> Result<()> {
+    /// Scrolls the terminal's content away before the first snapshot, which clears the window.
+    async fn scroll_content_away(&self, stdout: &mut Stdout) -> Result<()> {
         match self.window().filter(|_| self.raw.is_some()) {
             Some((rows, _)) => self.write("\n".repeat(usize::from(rows) - 1).as_bytes(), stdout).await,
             None => Ok(()),
@@ -390,9 +395,9 @@ impl Attachment<'_> {
         written.await.map_err(|error| CliError::output(&error))
     }
 
-    /// Tells the person something: on the last row of the terminal, which the program may soon draw over; else on
+    /// Shows a message: in raw mode on the last row of the terminal, which the program may soon draw over, else on
     /// standard error.
-    async fn tell(&self, text: &str, stdout: &mut Stdout) -> Result<()> {
+    async fn show_notice(&self, text: &str, stdout: &mut Stdout) -> Result<()> {
         let Some((rows, cols)) = self.window().filter(|_| self.raw.is_some()) else {
             output::note(&format!("loom: {text}"));
             return Ok(());
@@ -401,7 +406,7 @@ impl Attachment<'_> {
         self.write(notice(text, rows, cols).as_bytes(), stdout).await
     }
 
-    /// The terminal must be made raw and drawn again when the process was stopped and goes on.
+    /// Restores raw mode and the screen whenever the process is continued after being stopped.
     async fn watch_for_stops(&self) -> std::convert::Infallible {
         let Ok(mut continued) = signal(SignalKind::from_raw(rustix::process::Signal::CONT.as_raw())) else {
             return std::future::pending().await;
@@ -409,24 +414,24 @@ impl Attachment<'_> {
         loop {
             continued.recv().await;
             if let Some(raw) = &self.raw {
-                // A terminal that is no longer ours will end us by other means.
-                let _ = raw.again();
+                // If the terminal is no longer ours, a signal or a read error will end the process.
+                let _ = raw.reenter();
                 self.session.borrow_mut().drawn_over();
                 self.reopen.notify_one();
             }
         }
     }
 
-    /// The program has ended. If that is because the weaver was deleted or its time was up, the server says so.
+    /// The program has ended: returns its exit code, or the server's error if the weaver was deleted or has expired.
     async fn exited(&self, code: i32) -> Result<i32> {
         let weaver = format!("/api/weavers/{}", self.weaver);
-        match timeout(WHY, self.client.get::<Weaver>(&weaver)).await {
+        match timeout(EXIT_REASON_TIMEOUT, self.client.get::<Weaver>(&weaver)).await {
             Ok(Err(error)) if error.code() == Some(ErrorCode::WeaverGone) => Err(error.into()),
             _ => Ok(code),
         }
     }
 
-    /// Nobody can attach any more. If that is because the program has ended, its code.
+    /// Attaching is no longer possible: returns the program's exit code if it has ended, or else the error.
     async fn ended(&self, error: ClientError) -> Result<i32> {
         if error.code() == Some(ErrorCode::WeaverGone)
             && let Ok(weaver) = self.client.get::<Weaver>(&format!("/api/weavers/{}", self.weaver)).await
@@ -437,16 +442,16 @@ impl Attachment<'_> {
         Err(CliError::from(error).doing("cannot attach"))
     }
 
-    /// What is said at the end stands on a line of its own.
+    /// Starts a new line for the final message, if necessary.
     fn begin_line(&self) -> Result<()> {
         if self.on_terminal && self.line_is_open.get() {
-            // What the program drew below the cursor is not to stand beside the message.
+            // Also clears what the program drew below the cursor.
             output::bytes(b"\r\n\x1b[J")?;
         }
         Ok(())
     }
 
-    /// Says how the attach ended.
+    /// Prints how the attach ended.
     fn report(&self, outcome: Outcome) -> Result<Exit> {
         match outcome {
             Outcome::Detached => {
@@ -454,14 +459,14 @@ impl Attachment<'_> {
                 Ok(Exit::OK)
             }
             Outcome::Exited(code) => {
-                output::note(&format!("The program has ended with code {code}."));
+                output::note(&format!("The program exited with code {code}."));
                 Ok(Exit::of_program(code))
             }
         }
     }
 }
 
-/// Errors after which another try would end the same.
+/// Errors that a retry cannot fix.
 const fn ends_the_attach(code: ErrorCode) -> bool {
     matches!(
         code,
@@ -474,7 +479,6 @@ const fn ends_the_attach(code: ErrorCode) -> bool {
     )
 }
 
-/// The address to connect to.
 fn path(weaver: WeaverId, query: &AttachQuery) -> String {
     let AttachQuery { rows, cols, read_only, client, offset, terminal } = query;
     let mut path = format!("/api/weavers/{weaver}/attach?rows={rows}&cols={cols}&read_only={read_only}");
@@ -496,7 +500,7 @@ fn detached(weaver: WeaverId) -> String {
 fn expiring(seconds: u64) -> String {
     match seconds {
         0..=90 => format!("the weaver ends in {seconds} s; save your work"),
-        _ => format!("the weaver ends in {} min; loom extend moves that", seconds.div_ceil(60)),
+        _ => format!("the weaver ends in {} min; to extend it: loom extend", seconds.div_ceil(60)),
     }
 }
 
@@ -511,7 +515,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_names_what_it_goes_on_from() {
+    fn a_reconnection_says_where_to_continue() {
         let weaver = WeaverId::from(Uuid::nil());
         let client = Some(Uuid::from_u128(1));
         let first = AttachQuery { rows: 24, cols: 80, read_only: false, client, offset: None, terminal: None };
@@ -525,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_learns_how_to_come_back() {
+    fn detaching_says_how_to_reattach() {
         assert_eq!(
             detached(WeaverId::from(Uuid::nil())),
             "Detached. The weaver is still running. To come back: loom attach W-00000000-0000-0000-0000-000000000000"

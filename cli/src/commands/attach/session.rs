@@ -1,69 +1,64 @@
-//! What a client knows of an attached terminal across connections, without any input or output.
+//! The state of an attached terminal across connections, as a state machine without I/O.
 //!
-//! Output is counted, so that the next connection asks for what follows ([`Session::query`]). Input is kept until the
-//! terminal says that it arrived, so that the next connection sends what did not ([`Session::next_input`]): nothing is
-//! lost and nothing comes twice. The protocol is in `loom_api::attach`.
+//! Output is counted, so that the next connection can ask for what follows ([`Session::query`]). Input is kept until the
+//! terminal acknowledges it, so that the next connection can send the rest ([`Session::next_input`]): nothing is lost or
+//! repeated. The protocol is in `loom_api::attach`.
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use loom_api::attach::{AttachQuery, ServerControl};
 use uuid::Uuid;
 
-/// How much input may wait for its arrival, in bytes. More is not read, so a pipe into a program that does not read
-/// waits too.
+/// Unacknowledged input, in bytes. When it is full no more is read, so a pipe into a program that does not read blocks.
 const MAX_PENDING: usize = 256 << 10;
-/// The largest piece of input, in bytes.
+/// In bytes.
 const MAX_PIECE: usize = 16 << 10;
 
 /// The state of one attachment across reconnections.
 #[derive(Debug)]
 pub(super) struct Session {
-    /// The same at every connection.
     client: Uuid,
     read_only: bool,
-    /// The terminal's id, once the server has told it.
+    /// The terminal's id, from the server's first message on.
     terminal: Option<Uuid>,
     /// The output offset of the next live byte.
     offset: u64,
     /// The next binary frame is a snapshot.
     snapshot_next: bool,
-    /// The screen shows something that is not the terminal's.
+    /// Something else was drawn over the screen, so a snapshot is needed.
     stale: bool,
-    /// The terminal has said on this connection how much input arrived.
+    /// [`ServerControl::Attached`] has arrived on this connection.
     attached: bool,
-    /// Input that is not known to have arrived.
+    /// Input that is not acknowledged yet.
     pending: BytesMut,
     /// How much of `pending` was sent on this connection.
     sent: usize,
-    /// The terminal's count of arrived input that the first byte of `pending` comes after.
+    /// How many bytes of input are acknowledged: the position of the first byte of `pending`.
     arrived: u64,
 }
 
-/// What a binary frame holds.
+/// What a binary frame contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Frame {
-    /// A drawing of the whole screen.
+    /// Redraws the whole screen.
     Snapshot,
-    /// Output that continues what came before.
+    /// Continues the previous output.
     Live,
 }
 
-/// What a control message asks the client to do.
+/// What the client has to know of a control message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Told {
-    /// Nothing but what the session keeps itself.
+pub(super) enum SessionEvent {
     Nothing,
-    /// The client is in.
     Attached,
-    /// The weaver ends in so many seconds.
+    /// The weaver ends in this many seconds.
     Expiring(u64),
-    /// The program ended with this code.
+    /// The program's exit code.
     Exited(i32),
-    /// The server ends the attach for good.
+    /// The server has ended the attach.
     Refused(loom_api::ApiError),
 }
 
 impl Session {
-    /// A client that was never connected.
     pub(super) fn new(client: Uuid, read_only: bool) -> Self {
         Self {
             client,
@@ -79,7 +74,7 @@ impl Session {
         }
     }
 
-    /// The query of the next connection, from a window of this size.
+    /// The query for the next connection, from a window of this size.
     pub(super) fn query(&self, window: Option<(u16, u16)>) -> AttachQuery {
         let (rows, cols) = window.unwrap_or((0, 0));
         let resumes = self.terminal.is_some() && !self.stale && !self.snapshot_next;
@@ -93,50 +88,49 @@ impl Session {
         }
     }
 
-    /// The connection is new: nothing was sent on it, and nothing is until the terminal has said what arrived before.
+    /// There is a new connection. No input is sent on it until the terminal has said how much it has.
     pub(super) const fn reconnected(&mut self) {
         self.attached = false;
         self.sent = 0;
     }
 
-    /// Something was drawn over the screen: the next connection redraws it all.
+    /// Something was drawn over the screen, so the next connection asks for a snapshot.
     pub(super) const fn drawn_over(&mut self) {
         self.stale = true;
     }
 
-    /// Handles a control message.
-    pub(super) fn control(&mut self, control: ServerControl) -> Told {
+    pub(super) fn control(&mut self, control: ServerControl) -> SessionEvent {
         match control {
             ServerControl::Attached { terminal, offset, input } => {
                 self.terminal = Some(terminal);
                 self.offset = offset;
                 self.snapshot_next = false;
                 if input < self.arrived {
-                    // The terminal has forgotten this client and counts anew: all that waits is to be sent.
+                    // The terminal has forgotten this client and counts from zero: send all pending input.
                     self.arrived = input;
                 }
                 self.acknowledge(input);
                 self.attached = true;
                 self.sent = 0;
-                Told::Attached
+                SessionEvent::Attached
             }
             ServerControl::Snapshot { offset, .. } => {
                 self.offset = offset;
                 self.snapshot_next = true;
-                Told::Nothing
+                SessionEvent::Nothing
             }
             ServerControl::Input { offset } => {
                 self.acknowledge(offset);
-                Told::Nothing
+                SessionEvent::Nothing
             }
-            ServerControl::Expiring { seconds } => Told::Expiring(seconds),
-            ServerControl::Exit { code } => Told::Exited(code),
-            ServerControl::Error { code, message } => Told::Refused(loom_api::ApiError::new(code, message)),
-            ServerControl::Resize { .. } | ServerControl::Presence { .. } => Told::Nothing,
+            ServerControl::Expiring { seconds } => SessionEvent::Expiring(seconds),
+            ServerControl::Exit { code } => SessionEvent::Exited(code),
+            ServerControl::Error { code, message } => SessionEvent::Refused(loom_api::ApiError::new(code, message)),
+            ServerControl::Resize { .. } | ServerControl::Presence { .. } => SessionEvent::Nothing,
         }
     }
 
-    /// Takes the length of a binary frame; what it holds.
+    /// Counts a binary frame of this length; returns what it contains.
     pub(super) fn output(&mut self, length: usize) -> Frame {
         if std::mem::take(&mut self.snapshot_next) {
             self.stale = false;
@@ -146,7 +140,6 @@ impl Session {
         Frame::Live
     }
 
-    /// Whether more input can be taken.
     pub(super) fn has_room(&self) -> bool {
         self.pending.len() < MAX_PENDING
     }
@@ -170,7 +163,7 @@ impl Session {
     }
 
     fn acknowledge(&mut self, arrived: u64) {
-        // More than was ever typed cannot have arrived.
+        // Do not trust a count beyond what was typed.
         let count = arrived.saturating_sub(self.arrived).min(self.pending.len() as u64) as usize;
         self.pending.advance(count);
         self.sent = self.sent.saturating_sub(count);
@@ -198,11 +191,11 @@ mod tests {
     }
 
     #[test]
-    fn a_newcomer_asks_for_a_snapshot_and_one_who_returns_for_what_follows() {
+    fn a_new_client_asks_for_a_snapshot_and_a_returning_one_for_what_follows() {
         let mut session = session();
         let query = session.query(Some((24, 80)));
         assert_eq!((query.rows, query.cols, query.offset, query.terminal), (24, 80, None, None));
-        assert_eq!(session.control(attached(100, 0)), Told::Attached);
+        assert_eq!(session.control(attached(100, 0)), SessionEvent::Attached);
         session.control(ServerControl::Snapshot { offset: 100, rows: 24, cols: 80 });
         assert_eq!(session.output(5000), Frame::Snapshot);
         assert_eq!(session.output(20), Frame::Live);
@@ -259,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_that_forgot_the_client_counts_anew() {
+    fn a_terminal_that_forgot_the_client_counts_from_zero() {
         let mut session = session();
         session.control(attached(0, 0));
         session.push_input(b"abc");

@@ -1,7 +1,7 @@
-//! One WireGuard node for one Loom server, and the weavers that are reached through it.
+//! The daemon's connection to one Loom server: a WireGuard node, and the weavers that are reached through it.
 //!
-//! The key is made here and lives as long as the daemon. The node's address depends only on the key, and comes with the
-//! first grant; the node starts then. A second request tells the server the node's own UDP addresses.
+//! The key is made here and lives as long as the daemon. The node's address depends only on the key and comes with the
+//! first grant, which starts the tunnel. A second request then tells the server the node's own UDP addresses.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -37,55 +37,53 @@ use super::{
 };
 use crate::error::{CliError, Exit, Result};
 
-/// How long a weaver may take to become reachable, its agent's restart included.
-const PATIENCE: Duration = Duration::from_secs(25);
-/// A weaver that does not answer is asked for at the server this often: its agent may have been restarted, or be gone.
-const IMPATIENCE: Duration = Duration::from_secs(1);
-/// Between two questions to a server that says "not yet".
-const RETRY: Duration = Duration::from_millis(250);
-/// How often the tunnels are looked at.
-const WATCH: Duration = Duration::from_secs(3);
-/// A weaver in use that was silent for so long is asked for anew. More than the 15 s between the pings of an idle path.
-const SILENCE: Duration = Duration::from_secs(18);
-/// The same for one that has just been admitted and said nothing yet.
-const FIRST_SILENCE: Duration = Duration::from_secs(3);
-/// Before its grant ends, a weaver in use is asked for again: its life may have been extended.
-const BEFORE_END: Duration = Duration::from_secs(60);
-/// The longest time between two such questions about one weaver; the first come after [`WATCH`].
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A weaver that nobody used for so long is let go.
-const IDLE: Duration = Duration::from_secs(300);
-/// The server takes no more candidates, and loopback ones come last.
-const MOST_CANDIDATES: usize = 16;
-/// Tunnels that ended by themselves and are still told of.
-const MOST_ENDED: usize = 16;
-/// How long the server may take to be told that a tunnel is down.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// For a weaver to become reachable; long enough for its agent to restart.
+const REACH_TIMEOUT: Duration = Duration::from_secs(25);
+/// Between requests for a new grant while a connection is waiting: the agent may have been restarted, or be gone.
+const RENEW_INTERVAL: Duration = Duration::from_secs(1);
+/// Between requests while the server answers "not yet".
+const NOT_READY_RETRY: Duration = Duration::from_millis(250);
+/// Between two runs of [`ServerLink::maintain`].
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(3);
+/// A weaver in use that was silent for this long needs a new grant. More than the 15 s between pings of an idle path.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(18);
+/// The same for a weaver that has not been heard since its grant.
+const INITIAL_SILENCE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The grant of a weaver in use is renewed this long before it expires: the weaver may have been extended.
+const RENEW_BEFORE_EXPIRY: Duration = Duration::from_secs(60);
+/// Between two such renewals of one weaver; the pause doubles from [`MAINTENANCE_INTERVAL`] to this.
+const MAX_RENEW_PAUSE: Duration = Duration::from_secs(30);
+/// A weaver unused for this long loses its tunnel.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+/// The server accepts no more; loopback addresses come last.
+const MAX_CANDIDATES: usize = 16;
+/// Ended tunnels that `loom tunnel status` still shows.
+const MAX_ENDED: usize = 16;
+/// For telling the server that a tunnel is down.
+const NOTIFY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// See the module.
-pub(crate) struct Node {
+pub(crate) struct ServerLink {
     private_key: StaticSecret,
     public_key: PublicKey,
     server_url: String,
     client: Mutex<ServerClient>,
     tunnel: OnceCell<Tunnel>,
-    /// The node's address inside the tunnel, once it is known.
+    /// The node's address inside the tunnel, known from the first grant on.
     address: OnceLock<Ipv6Addr>,
-    /// Weavers by their id.
     weavers: Mutex<HashMap<WeaverId, Arc<Weaver>>>,
-    /// What weavers were called by commands.
+    /// The ids of weavers by the references that commands used for them.
     names: Mutex<HashMap<String, WeaverId>>,
     addresses: LoopbackAddresses,
-    /// Tunnels that were up when their weavers went away, as they were, with the reason.
+    /// The last status of tunnels that were up when their weavers ended, with the reason.
     ended: Mutex<VecDeque<TunnelStatus>>,
-    /// The server says that the node belongs to another of its users.
-    foreign: AtomicBool,
-    /// The relay was connected before.
-    relayed: AtomicBool,
+    /// The server does not accept this node's key: another user's, or another server's, device has it.
+    rejected: AtomicBool,
+    /// The relay has answered before.
+    relay_answered: AtomicBool,
     tasks: Mutex<JoinSet<()>>,
 }
 
-/// The client of the node's server, and the authorities that it trusts beside the system's.
+/// The HTTP client, and the CA certificates (PEM) that it trusts besides the system's.
 struct ServerClient {
     client: Client,
     authorities: String,
@@ -98,11 +96,12 @@ impl ServerClient {
     }
 }
 
-impl Node {
-    /// A node that has not started yet.
+impl ServerLink {
     pub(crate) fn new(server_url: &str, token: &Secret, authorities: &str) -> Result<Self> {
         let mut seed = [0; 32];
-        SystemRandom::new().fill(&mut seed).map_err(|_| CliError::failure("the system gives no random bytes"))?;
+        SystemRandom::new()
+            .fill(&mut seed)
+            .map_err(|_| CliError::failure("the operating system provides no random bytes"))?;
         let private_key = StaticSecret::from(seed);
         Ok(Self {
             public_key: PublicKey::from(&private_key),
@@ -115,24 +114,21 @@ impl Node {
             names: Mutex::default(),
             addresses: LoopbackAddresses::default(),
             ended: Mutex::default(),
-            foreign: AtomicBool::new(false),
-            relayed: AtomicBool::new(false),
+            rejected: AtomicBool::new(false),
+            relay_answered: AtomicBool::new(false),
             tasks: Mutex::default(),
         })
     }
 
-    /// Its public key.
     pub(super) const fn public_key(&self) -> &PublicKey {
         &self.public_key
     }
 
-    /// A client with the newest token.
     pub(super) fn client(&self) -> Client {
         self.client.lock().client.clone()
     }
 
-    /// Goes on with the newest token, because an older one may have been revoked, and with the authorities that the
-    /// user trusts now.
+    /// Uses this token and these CA certificates from now on: an older token may have been revoked.
     pub(crate) fn renew_client(&self, token: &Secret, authorities: &str) -> Result<()> {
         let mut current = self.client.lock();
         if current.authorities == authorities {
@@ -143,7 +139,6 @@ impl Node {
         Ok(())
     }
 
-    /// All weavers that have a tunnel.
     pub(crate) fn weavers(&self) -> Vec<Arc<Weaver>> {
         let mut all: Vec<_> = self.weavers.lock().values().cloned().collect();
         all.sort_by_key(|weaver| weaver.id);
@@ -155,13 +150,13 @@ impl Node {
         self.weavers().iter().any(|weaver| weaver.is_up())
     }
 
-    /// Whether the server refuses the node because it was another user's before.
-    pub(crate) fn is_foreign(&self) -> bool {
-        self.foreign.load(Ordering::Relaxed)
+    /// Whether the server rejects this node's key, so that a new [`ServerLink`] is needed.
+    pub(crate) fn is_rejected(&self) -> bool {
+        self.rejected.load(Ordering::Relaxed)
     }
 
-    /// A weaver that has a tunnel, by its id, what it was called before, or the beginning of its id.
-    pub(crate) fn known(&self, reference: &str) -> Option<Arc<Weaver>> {
+    /// The weaver with a tunnel that has this id or that an earlier command called by this reference.
+    pub(crate) fn find(&self, reference: &str) -> Option<Arc<Weaver>> {
         let reference = normalise(reference).ok()?;
         let named = || self.names.lock().get(&reference).copied();
         let id = reference.parse().ok().or_else(named)?;
@@ -170,17 +165,17 @@ impl Node {
 
     /// The weaver's address inside the tunnel, for names such as `ID.loom`.
     fn resolve(&self, name: &str) -> Option<Ipv6Addr> {
-        self.known(name).map(|weaver| weaver.address())
+        self.find(name).map(|weaver| weaver.address())
     }
 
-    /// Opens a stream to a port of a weaver. A weaver that does not answer is asked for anew, for a while.
+    /// Opens a stream to a port of a weaver, and renews the grant until the weaver answers or time is up.
     pub(crate) async fn connect(self: &Arc<Self>, reference: &str, port: u16) -> Result<(Arc<Weaver>, TunnelStream)> {
         let began = Instant::now();
         let reference = normalise(reference)?;
-        if let Some(weaver) = self.known(&reference) {
+        if let Some(weaver) = self.find(&reference) {
             match self.dial(&weaver, port, began).await {
-                // It is gone; its name may be another's by now, and the server can say so.
-                Err(_) if self.known(&reference).is_none() => {}
+                // The weaver is gone, but another may have taken its name: ask the server.
+                Err(_) if self.find(&reference).is_none() => {}
                 result => return result.map(|stream| (weaver, stream)),
             }
         }
@@ -194,18 +189,18 @@ impl Node {
         let _used = weaver.begin_use();
         loop {
             let key = weaver.peer_key();
-            let attempt = tunnel.connect(weaver.address(), port, PATIENCE.saturating_sub(began.elapsed()));
+            let attempt = tunnel.connect(weaver.address(), port, REACH_TIMEOUT.saturating_sub(began.elapsed()));
             let outcome = tokio::select! {
                 outcome = attempt => outcome,
-                gone = self.keep_asking(weaver) => return Err(gone),
+                gone = self.renew_until_gone(weaver) => return Err(gone),
             };
             match outcome {
                 Ok(stream) => return Ok(stream),
-                // The agent was restarted, and what was under way to the old one has ended.
+                // The agent was restarted, which ended the attempt to reach the old one.
                 Err(ConnectError::Refused | ConnectError::NoPeer(_)) if weaver.peer_key() != key => {}
-                Err(ConnectError::NoPeer(_)) if began.elapsed() < PATIENCE => {
-                    self.ask(weaver).await?;
-                    sleep(RETRY).await;
+                Err(ConnectError::NoPeer(_)) if began.elapsed() < REACH_TIMEOUT => {
+                    self.renew_grant(weaver).await?;
+                    sleep(NOT_READY_RETRY).await;
                 }
                 Err(ConnectError::Refused) => {
                     return Err(CliError::failure(format!("nothing listens on port {port} of {}", weaver.id)));
@@ -222,23 +217,22 @@ impl Node {
         }
     }
 
-    /// Asks the server about a weaver that does not answer, until it is gone; why it is.
-    async fn keep_asking(self: &Arc<Self>, weaver: &Weaver) -> CliError {
+    /// Renews the grant again and again; returns the reason once the weaver is gone.
+    async fn renew_until_gone(self: &Arc<Self>, weaver: &Weaver) -> CliError {
         loop {
-            sleep(IMPATIENCE).await;
-            if let Err(gone) = self.ask(weaver).await {
+            sleep(RENEW_INTERVAL).await;
+            if let Err(gone) = self.renew_grant(weaver).await {
                 return gone;
             }
         }
     }
 
-    /// Asks the server once how things are with a weaver. That the server cannot say is no error: the way to the weaver
-    /// may come back without it.
+    /// Requests a new grant once. An unreachable server is no error: the weaver may become reachable without it.
     ///
     /// # Errors
     ///
-    /// When the weaver is gone; all that was of it here has ended then.
-    async fn ask(self: &Arc<Self>, weaver: &Weaver) -> Result<()> {
+    /// When the weaver is gone; then its tunnel has been removed.
+    async fn renew_grant(self: &Arc<Self>, weaver: &Weaver) -> Result<()> {
         let id = weaver.id.to_string();
         match self.request_grant(&id, self.candidates()).await {
             Ok(grant) => drop(self.accept(&id, grant).await?),
@@ -249,7 +243,7 @@ impl Node {
             }
             Err(error) => {
                 weaver.set_problem(Some(error.to_string()));
-                // Other commands may have better tokens, so the weaver stays.
+                // Another command may bring a valid token, so the weaver stays.
                 if error.code() == Some(ErrorCode::Unauthorized) {
                     return Err(error.into());
                 }
@@ -258,46 +252,50 @@ impl Node {
         Ok(())
     }
 
-    /// The server has answered to a request for the relay. When that was connected before, the server may have ended it
-    /// because our admission to a weaver was revoked: what flows to that weaver would otherwise hang.
+    /// The server has answered a request for the relay. If the relay was connected before, it may have been closed
+    /// because a grant was revoked: renewing all grants finds out, and ends connections that would otherwise hang.
     pub(super) fn relay_answered(self: &Arc<Self>) {
-        if !self.relayed.swap(true, Ordering::Relaxed) {
+        if !self.relay_answered.swap(true, Ordering::Relaxed) {
             return;
         }
-        let node = Arc::downgrade(self);
+        let link = Arc::downgrade(self);
         self.tasks.lock().spawn(async move {
-            let Some(node) = node.upgrade() else { return };
-            for weaver in node.weavers() {
-                if let Err(error) = node.ask(&weaver).await
-                    && node.known(&weaver.id.to_string()).is_some()
+            let Some(link) = link.upgrade() else { return };
+            for weaver in link.weavers() {
+                if let Err(error) = link.renew_grant(&weaver).await
+                    && link.find(&weaver.id.to_string()).is_some()
                 {
-                    node.forget(&weaver, &error).await;
+                    link.forget(&weaver, &error).await;
                 }
             }
         });
     }
 
-    /// Asks the server to admit us to a weaver, waits while it says "not yet", and tells the node.
+    /// Requests the first grant for a weaver, and retries while the server answers "not yet".
     async fn admit(self: &Arc<Self>, reference: &str, began: Instant) -> Result<Arc<Weaver>> {
         loop {
             match self.request_grant(reference, self.candidates()).await {
                 Ok(grant) => return self.accept(reference, grant).await,
                 Err(error) => match error.code() {
-                    Some(ErrorCode::WeaverNotReady | ErrorCode::AgentUnreachable) if began.elapsed() < PATIENCE => {
-                        sleep(RETRY).await;
+                    Some(ErrorCode::WeaverNotReady | ErrorCode::AgentUnreachable)
+                        if began.elapsed() < REACH_TIMEOUT =>
+                    {
+                        sleep(NOT_READY_RETRY).await;
                     }
-                    // A server that restarts must not fail a command.
-                    None if began.elapsed() < PATIENCE && self.tunnel.initialized() => sleep(RETRY).await,
+                    // A restarting server must not fail a command.
+                    None if began.elapsed() < REACH_TIMEOUT && self.tunnel.initialized() => {
+                        sleep(NOT_READY_RETRY).await
+                    }
                     _ => return Err(error.into()),
                 },
             }
         }
     }
 
-    /// Where we can perhaps be reached, as far as the server wants to know.
+    /// UDP addresses at which this node may be reachable, at most as many as the server accepts.
     fn candidates(&self) -> Vec<SocketAddr> {
         let mut candidates = self.tunnel.get().map(Tunnel::candidates).unwrap_or_default();
-        candidates.truncate(MOST_CANDIDATES);
+        candidates.truncate(MAX_CANDIDATES);
         candidates
     }
 
@@ -320,7 +318,7 @@ impl Node {
             answer = client.post(&path, &request).await;
         }
         let refused = answer.as_ref().err().and_then(ClientError::code) == Some(ErrorCode::Forbidden);
-        self.foreign.store(refused, Ordering::Relaxed);
+        self.rejected.store(refused, Ordering::Relaxed);
         answer
     }
 
@@ -329,16 +327,16 @@ impl Node {
         Ok(challenge.answer(&self.private_key))
     }
 
-    /// Puts a grant in force.
+    /// Adds the grant's weaver as a peer of the tunnel; starts the tunnel if this is the first grant.
     async fn accept(self: &Arc<Self>, reference: &str, grant: TunnelGrant) -> Result<Arc<Weaver>> {
         let preshared_key = STANDARD.decode(grant.preshared_key.expose()).ok().and_then(|key| key.try_into().ok());
-        let unreadable = || CliError::failure(format!("the server's grant for {} cannot be read", grant.weaver_id));
+        let unreadable = || CliError::failure(format!("the server's grant for {} cannot be parsed", grant.weaver_id));
         let first = !self.tunnel.initialized();
         let tunnel = self.tunnel.get_or_try_init(async || self.start(grant.device_address)).await?.clone();
         if self.address.get() != Some(&grant.device_address) {
-            // The address depends only on the key and the server: this is another server at the old one's address.
-            self.foreign.store(true, Ordering::Relaxed);
-            return Err(CliError::failure("the server has given this device another address than before"));
+            // The address depends only on the key and the server, so another server now has the old one's URL.
+            self.rejected.store(true, Ordering::Relaxed);
+            return Err(CliError::failure("the server has assigned this device a different address than before"));
         }
         let peer = PeerConfig {
             public_key: PublicKey::from(grant.peer_key.0),
@@ -354,15 +352,14 @@ impl Node {
         let mut names = self.names.lock();
         names.insert(reference.to_owned(), grant.weaver_id);
         drop(names);
-        if let Some(old) = weaver.renew(grant)
-            && old != peer.public_key
-        {
-            // The agent was restarted; what flowed to the old one ends now instead of hanging.
+        let old = weaver.renew(grant);
+        if old != peer.public_key {
+            // The agent was restarted: end connections to the old one instead of letting them hang.
             tunnel.remove_peer(&old);
         }
         tunnel.add_peer(peer, true);
         if first {
-            self.tell_candidates(weaver.id);
+            self.send_candidates(weaver.id);
         }
         Ok(weaver)
     }
@@ -377,7 +374,7 @@ impl Node {
         let (tunnel, mut incoming, mut events) =
             Tunnel::start(config).map_err(|error| CliError::failure(format!("starting the tunnel: {error}")))?;
         let mut tasks = self.tasks.lock();
-        // Nobody is to connect to us, and nobody unknown is let in.
+        // This node accepts no connections and no unknown peers.
         tasks.spawn(async move {
             while let Some(connection) = incoming.next().await {
                 connection.refuse()
@@ -386,57 +383,55 @@ impl Node {
         tasks.spawn(async move { while events.next().await.is_some() {} });
         let (relayed, connector) = (tunnel.clone(), Relay(Arc::downgrade(self)));
         tasks.spawn(async move { relayed.run_relay(connector).await });
-        let node = Arc::downgrade(self);
+        let link = Arc::downgrade(self);
         tasks.spawn(async move {
             loop {
-                sleep(WATCH).await;
-                let Some(node) = node.upgrade() else { return };
-                node.heal().await;
+                sleep(MAINTENANCE_INTERVAL).await;
+                let Some(link) = link.upgrade() else { return };
+                link.maintain().await;
             }
         });
         Ok(tunnel)
     }
 
-    /// Tells the server, and through it the agent, where we can perhaps be reached.
-    fn tell_candidates(self: &Arc<Self>, weaver: WeaverId) {
-        let node = Arc::downgrade(self);
+    /// Sends this node's UDP addresses to the server, which passes them on to the agent.
+    fn send_candidates(self: &Arc<Self>, weaver: WeaverId) {
+        let link = Arc::downgrade(self);
         self.tasks.lock().spawn(async move {
-            let Some(node) = node.upgrade() else { return };
-            if let Err(error) = node.request_grant(&weaver.to_string(), node.candidates()).await {
-                tracing::info!(%weaver, "the server was not told our addresses: {error}");
+            let Some(link) = link.upgrade() else { return };
+            if let Err(error) = link.request_grant(&weaver.to_string(), link.candidates()).await {
+                tracing::info!(%weaver, "cannot send this device's addresses to the server: {error}");
             }
         });
     }
 
-    /// Looks after the tunnels: one in use whose weaver is silent or about to end is asked for anew, one that nobody
-    /// uses is let go.
-    async fn heal(self: &Arc<Self>) {
+    /// Renews the grants of weavers in use that are silent or about to expire, and removes unused weavers.
+    async fn maintain(self: &Arc<Self>) {
         let Some(tunnel) = self.tunnel.get() else { return };
         let peers = tunnel.peers();
         for weaver in self.weavers() {
             if !weaver.is_in_use() {
-                if weaver.unused_for() > IDLE {
-                    tracing::info!(weaver = %weaver.id, "nobody uses it any more");
-                    self.drop_weaver(&weaver);
-                    self.tell_down(weaver.id).await;
+                if weaver.unused_for() > IDLE_TIMEOUT {
+                    tracing::info!(weaver = %weaver.id, "the tunnel is unused and is removed");
+                    self.remove(&weaver);
+                    self.notify_down(weaver.id).await;
                 }
                 continue;
             }
             let peer = peers.iter().find(|peer| peer.address == weaver.address());
             let silent = match peer.and_then(|peer| peer.paths.iter().filter_map(|path| path.last_received).min()) {
-                Some(silent) => silent > SILENCE,
-                None => weaver.unasked_for() > FIRST_SILENCE,
+                Some(silent) => silent > SILENCE_TIMEOUT,
+                None => weaver.since_renewal() > INITIAL_SILENCE_TIMEOUT,
             };
-            if !silent && !weaver.ends_within(BEFORE_END) {
-                weaver.trust();
-            } else if weaver.may_ask(WATCH, LONGEST_PAUSE) {
-                // One question, not many: the next look comes soon enough. That it is gone was told where it matters.
-                let _ = self.ask(&weaver).await;
+            if !silent && !weaver.expires_within(RENEW_BEFORE_EXPIRY) {
+                weaver.reset_renewal();
+            } else if weaver.renewal_due(MAINTENANCE_INTERVAL, MAX_RENEW_PAUSE) {
+                // Once is enough, as the next run comes soon. `renew_grant` has handled a weaver that is gone.
+                let _ = self.renew_grant(&weaver).await;
             }
         }
     }
 
-    /// Brings a weaver's tunnel up with listeners here.
     pub(crate) async fn up(
         self: &Arc<Self>,
         reference: &str,
@@ -445,45 +440,43 @@ impl Node {
     ) -> Result<Arc<Weaver>> {
         let (weaver, ports) = self.connect(reference, PORTS_PORT).await?;
         let tunnel = self.tunnel.get().ok_or_else(|| CliError::failure("the tunnel has not started"))?;
-        let address = self.addresses.take(weaver.id);
+        let address = self.addresses.allocate(weaver.id);
         let listeners = weaver.listeners(|remote| Listeners::new(tunnel.clone(), weaver.id, remote, address));
         listeners.follow(ports).await?;
         for forward in forwards {
             listeners.add(*forward).await?;
         }
         if let Some(socks) = socks {
-            let node = Arc::downgrade(self);
-            listeners.add_socks(socks, move |name| node.upgrade()?.resolve(name)).await?;
+            let link = Arc::downgrade(self);
+            listeners.add_socks(socks, move |name| link.upgrade()?.resolve(name)).await?;
         }
         Ok(weaver)
     }
 
-    /// Takes a weaver's tunnel down: listeners, flows and the admission. Streams of other commands, SSH sessions for
-    /// one, go on.
+    /// Takes a weaver's tunnel down. If other commands have open streams, such as SSH sessions, only the listeners are
+    /// closed, and the streams go on.
     pub(crate) async fn down(&self, weaver: &Weaver) {
         weaver.close_listeners().await;
-        self.addresses.give_back(weaver.id);
+        self.addresses.release(weaver.id);
         if !weaver.is_in_use() {
-            self.drop_weaver(weaver);
-            self.tell_down(weaver.id).await;
+            self.remove(weaver);
+            self.notify_down(weaver.id).await;
         }
     }
 
-    /// Tells the server that this device needs no admission to a weaver any more. It would end by itself with the
-    /// weaver.
-    async fn tell_down(&self, weaver: WeaverId) {
+    /// Tells the server that this device needs its grant no longer. Without this, it would expire with the weaver.
+    async fn notify_down(&self, weaver: WeaverId) {
         let path = format!("/api/weavers/{weaver}/tunnel/{}", URL_SAFE_NO_PAD.encode(self.public_key.as_bytes()));
-        match timeout(FAREWELL, self.client().delete(&path)).await {
+        match timeout(NOTIFY_TIMEOUT, self.client().delete(&path)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::info!(%weaver, "the server was not told that the tunnel is down: {error}"),
-            Err(_) => tracing::info!(%weaver, "the server was not told that the tunnel is down: timed out"),
+            Ok(Err(error)) => tracing::info!(%weaver, "cannot tell the server that the tunnel is down: {error}"),
+            Err(_) => tracing::info!(%weaver, "cannot tell the server that the tunnel is down: timed out"),
         }
     }
 
-    /// A weaver is gone: everything of it here goes too. If its tunnel was brought up, its status says why, for a
-    /// while.
+    /// Removes a weaver that is gone. If its tunnel was up, `loom tunnel status` keeps showing it with the reason.
     async fn forget(&self, weaver: &Weaver, why: &CliError) {
-        tracing::info!(weaver = %weaver.id, "it is gone: {why}");
+        tracing::info!(weaver = %weaver.id, "the weaver is gone: {why}");
         weaver.set_problem(Some(why.to_string()));
         if weaver.is_up() {
             let mut ended = self.ended.lock();
@@ -495,51 +488,50 @@ impl Node {
                 socks: None,
                 ..weaver.status(self)
             });
-            if ended.len() > MOST_ENDED {
+            if ended.len() > MAX_ENDED {
                 ended.pop_front();
             }
         }
-        // First the peer: what flows is reset, and the listeners' connections end with it.
-        self.drop_weaver(weaver);
+        // The peer first: that resets its connections, and the listeners' connections end with them.
+        self.remove(weaver);
         weaver.close_listeners().await;
     }
 
-    /// Tunnels whose weavers went away, since they were last asked for with `forget`.
+    /// Tunnels whose weavers have ended; `forget` also clears the list.
     pub(crate) fn ended(&self, forget: bool) -> Vec<TunnelStatus> {
         let mut ended = self.ended.lock();
         if forget { ended.drain(..).collect() } else { ended.iter().cloned().collect() }
     }
 
-    fn drop_weaver(&self, weaver: &Weaver) {
+    fn remove(&self, weaver: &Weaver) {
         self.weavers.lock().remove(&weaver.id);
         self.names.lock().retain(|_, id| *id != weaver.id);
-        self.addresses.give_back(weaver.id);
+        self.addresses.release(weaver.id);
         if let Some(tunnel) = self.tunnel.get() {
             tunnel.remove_peer(&weaver.peer_key());
         }
     }
 
-    /// All paths are tried again: the network changed, or the machine slept.
+    /// Probes all paths again, after the network has changed or the machine has slept.
     pub(crate) fn network_changed(&self) {
         if let Some(tunnel) = self.tunnel.get() {
             tunnel.network_changed();
         }
     }
 
-    /// What the node knows of a weaver's peer.
     pub(crate) fn peer(&self, address: Ipv6Addr) -> Option<loom_tunnel::PeerStatus> {
         self.tunnel.get()?.peers().into_iter().find(|peer| peer.address == address)
     }
 
-    /// Ends the node: listeners, flows, and the device at the server.
-    pub(crate) async fn end(&self) {
+    /// Closes all listeners and connections, and removes this device at the server.
+    pub(crate) async fn shutdown(&self) {
         for weaver in self.weavers() {
             weaver.close_listeners().await;
         }
         if let Some(tunnel) = self.tunnel.get() {
             tunnel.shutdown().await;
             let key = URL_SAFE_NO_PAD.encode(self.public_key.as_bytes());
-            // The grants end by themselves at the latest with their weavers.
+            // If this fails, the grants expire with their weavers.
             let _ = self.client().delete(&format!("/api/devices/{key}")).await;
         }
         self.tasks.lock().abort_all();

@@ -1,11 +1,12 @@
-//! Between the server and the agents: registration, the control link, and the streams that agents dial back.
+//! The protocol between the server and the agents: registration, the control link, and the streams that agents dial
+//! back.
 //!
 //! An agent calls `POST /api/agent/register` with the credential its backend gave it, and gets a token of its own. With
 //! that it opens `GET /api/agent/control`, a WebSocket whose text frames are [`AgentMessage`] and [`ServerMessage`] as
-//! JSON. The server's first message is [`ServerMessage::Welcome`], which states everything that should be
+//! JSON. The server's first message is [`ServerMessage::Welcome`], which states the whole desired state
 //! (level-triggered: a reconnection needs no history). When the server wants a byte stream it sends
-//! [`ServerMessage::OpenStream`], and the agent dials `GET /api/agent/streams/STREAM`, another WebSocket, so that each
-//! stream's back-pressure is its own TCP's.
+//! [`ServerMessage::OpenStream`], and the agent dials `GET /api/agent/streams/STREAM`, a WebSocket of its own, so that
+//! each stream has TCP's back-pressure to itself.
 //!
 //! If the token is refused (401), the agent registers again.
 
@@ -27,81 +28,56 @@ pub const MAX_MESSAGE: usize = 1 << 20;
 /// `POST /api/agent/register`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Register {
-    /// The weaver that the agent says it is in; the credential must prove it.
+    /// The weaver that the agent claims to run in; the credential must prove it.
     pub weaver_id: WeaverId,
-    /// On the local backend a one-time token; on Kubernetes the projected service-account token.
+    /// A one-time token on the local backend, the projected service-account token on Kubernetes.
     pub credential: Secret,
-    /// The agent's version.
     pub version: String,
-    /// The protocol it speaks.
+    /// The agent's [`crate::PROTOCOL_VERSION`].
     pub protocol: u32,
-    /// Its WireGuard public key, made in memory at start.
+    /// The agent's WireGuard public key. Its private key exists only in the agent's memory and changes at each start.
     pub wireguard_key: WireGuardKey,
-    /// That it holds the private half.
+    /// Proves that the agent holds the key's private half.
     pub proof: KeyProof,
-    /// Its SSH host key, made in memory at start, as a public key line (`ssh-ed25519 AAAA…`).
+    /// The agent's SSH host key as a public key line (`ssh-ed25519 AAAA…`). It too changes at each start.
     pub ssh_host_key: String,
 }
 
 /// The answer to [`Register`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Registered {
-    /// The agent's bearer token, for this weaver only and as long as it lives.
+    /// The agent's bearer token, valid for this weaver only and for as long as the weaver lives.
     pub token: Secret,
     /// The weaver's address inside the tunnel.
     #[schema(value_type = String)]
     pub address: Ipv6Addr,
-    /// The host key signed by the server's SSH CA (`ssh-ed25519-cert-v01@openssh.com AAAA…`), principal the weaver's
-    /// id.
+    /// The host key's certificate, signed by the server's SSH CA (`ssh-ed25519-cert-v01@openssh.com AAAA…`). Its
+    /// principal is the weaver's id.
     pub ssh_certificate: String,
 }
 
-/// What the agent says on the control link.
+/// Messages from the agent to the server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum AgentMessage {
-    /// How things are; sent at connection and at every change.
+    /// The current status, sent on connecting and at every change.
     Status(AgentStatus),
-    /// UDP addresses where the agent can perhaps be reached; sent after the welcome and at every change.
-    Candidates {
-        /// The addresses, the likeliest first.
-        candidates: Vec<SocketAddr>,
-    },
-    /// Something happened that the weaver's events should tell.
-    Event {
-        /// What kind ([`EventKind::Cloning`], [`EventKind::Cloned`], …).
-        kind: EventKind,
-        /// In words.
-        message: String,
-    },
-    /// The grants of [`ServerMessage::Grant`] number `serial` are in force.
-    GrantApplied {
-        /// From the server's message.
-        serial: u64,
-    },
+    /// UDP addresses at which the agent may be reachable, likeliest first; sent after the welcome and at every change.
+    Candidates { candidates: Vec<SocketAddr> },
+    /// A new event of the weaver: [`EventKind::Cloning`], [`EventKind::Cloned`], …
+    Event { kind: EventKind, message: String },
+    /// The [`ServerMessage::Grant`] with this `serial` is in force.
+    GrantApplied { serial: u64 },
     /// A handshake came from a key that was never granted; the server answers with a grant, or not at all.
-    UnknownPeer {
-        /// The key.
-        public_key: WireGuardKey,
-    },
-    /// The weaver cannot become what was asked (the clone failed, the program cannot be started).
-    Failed {
-        /// Why, in words.
-        reason: String,
-    },
-    /// A stream that the server asked for cannot be opened.
-    StreamFailed {
-        /// Which.
-        stream: Uuid,
-        /// Why, in words.
-        reason: String,
-    },
+    UnknownPeer { public_key: WireGuardKey },
+    /// The weaver cannot be set up: the clone failed, or the main program cannot be started.
+    Failed { reason: String },
+    /// The answer to [`ServerMessage::OpenStream`] when the stream cannot be opened.
+    StreamFailed { stream: Uuid, reason: String },
 }
 
-/// The agent's report.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct AgentStatus {
-    /// The main program's state.
     pub main: MainState,
     /// TCP ports that the weaver's processes listen on, ascending.
     pub ports: Vec<u16>,
@@ -113,115 +89,88 @@ pub struct AgentStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum MainState {
-    /// Not started: the host is not there yet, or the clone goes on.
+    /// Not started: the host is not up yet, or the repository is being cloned.
     #[default]
     Waiting,
-    /// Running.
     Running,
-    /// Ended.
     Exited {
-        /// Its exit code, or 128 plus the signal.
+        /// The exit code, or 128 plus the number of the signal that ended it.
         code: i32,
         /// The end of its output, base64, at most 64 KiB before encoding.
         tail: String,
-        /// Whether the kernel killed it because the weaver's memory was used up.
+        /// Whether the kernel killed it because the weaver ran out of memory.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         out_of_memory: bool,
     },
 }
 
-/// What the server says on the control link.
+/// Messages from the server to the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ServerMessage {
-    /// The first message: everything that should be.
+    /// The first message: the whole desired state.
     Welcome {
-        /// What the weaver is to run.
         start: StartSpec,
-        /// The grants in force, or the first of them.
+        /// The grants in force, or the first page of them.
         grants: Vec<Grant>,
-        /// Whether [`ServerMessage::Grants`] follow. Peers that none of the pages names are removed after the last.
+        /// Whether [`ServerMessage::Grants`] follow. After the last page the agent removes every peer that no page
+        /// named.
         #[serde(default)]
         more: bool,
     },
     /// Another page of the grants in force.
-    Grants {
-        /// The grants.
-        grants: Vec<Grant>,
-        /// Whether more follow.
-        more: bool,
-    },
+    Grants { grants: Vec<Grant>, more: bool },
     /// Admit one more peer.
     Grant {
         /// Comes back in [`AgentMessage::GrantApplied`].
         serial: u64,
-        /// The peer.
         grant: Grant,
     },
-    /// Remove a peer, and cut its flows.
-    Revoke {
-        /// The peer's key.
-        public_key: WireGuardKey,
-    },
-    /// Dial back a stream.
-    OpenStream {
-        /// Its id, for the address to dial.
-        stream: Uuid,
-        /// What flows on it.
-        kind: StreamKind,
-    },
-    /// The deadline, at every change: people who are attached are told when it is near.
-    Deadline {
-        /// When the weaver ends.
-        expires_at: Timestamp,
-    },
-    /// The server is going down for a moment: come back after so many milliseconds.
-    GoAway {
-        /// Milliseconds.
-        reconnect_after_ms: u64,
-    },
+    /// Remove a peer and close its connections.
+    Revoke { public_key: WireGuardKey },
+    /// Dial back the stream `stream`: its id is part of the URL to dial.
+    OpenStream { stream: Uuid, kind: StreamKind },
+    /// When the weaver ends; sent at every change. The agent warns attached users when that is near.
+    Deadline { expires_at: Timestamp },
+    /// The server is restarting; reconnect after the given time.
+    GoAway { reconnect_after_ms: u64 },
 }
 
 /// What the weaver is to run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartSpec {
-    /// The main program and its arguments; a login shell when there is none.
+    /// The main program and its arguments; a login shell when absent.
     pub command: Option<Vec<String>>,
-    /// The environment of all the weaver's processes.
+    /// The environment of all processes in the weaver.
     pub env: BTreeMap<String, Secret>,
-    /// The repository to clone into the workspace first.
+    /// The git repository to clone into the workspace before the main program starts.
     pub repo: Option<String>,
-    /// The branch to check out.
+    /// The branch to check out; the repository's default when absent.
     pub branch: Option<String>,
 }
 
-/// One peer that may come in.
+/// A peer that the agent admits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
-    /// The device's WireGuard public key.
     pub public_key: WireGuardKey,
     /// The device's address inside the tunnel: the only source address accepted from it.
     pub address: Ipv6Addr,
-    /// The pair's pre-shared key, base64 of 32 bytes.
+    /// The pre-shared key of this device and this weaver, base64 of 32 bytes.
     pub preshared_key: Secret,
-    /// UDP addresses where the device can perhaps be reached.
+    /// UDP addresses at which the device may be reachable.
     pub candidates: Vec<SocketAddr>,
-    /// Until when.
     pub expires_at: Timestamp,
-    /// The user whose device it is, for logs and `LOOM_USER`.
+    /// The name of the device's user, for logs and `LOOM_USER`.
     pub user: String,
 }
 
-/// What flows on a stream that the agent dials back.
+/// What a stream that the agent dials back carries.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum StreamKind {
     /// The main terminal: the agent speaks the server's side of [`crate::attach`].
     Attach(AttachQuery),
-    /// The main program's output as binary frames, from the oldest byte kept; the stream ends when `follow` is false
-    /// and all was sent, or with the program.
-    Logs {
-        /// Goes on with what comes.
-        follow: bool,
-    },
+    /// The main program's output as binary frames, from the oldest byte kept. Ends once all output so far was sent; with
+    /// `follow`, when the program ends.
+    Logs { follow: bool },
 }

@@ -1,8 +1,8 @@
 //! The HTTP and WebSocket client that the CLI and the agent share.
 //!
 //! Both protocols go through one `reqwest` client, so that proxies (`HTTPS_PROXY`, CONNECT), the operating system's
-//! trust roots and time-outs work alike for API calls, the control link, the relay and attach. A WebSocket is an
-//! ordinary request that the server answers with 101 (RFC 6455 §4); its frames are then `tungstenite`'s.
+//! trust roots and timeouts work the same for API calls, the control link, the relay and attach. A WebSocket is an
+//! ordinary request that the server answers with 101 (RFC 6455 §4); `tungstenite` then handles its frames.
 
 use std::{net::IpAddr, sync::Once, time::Duration};
 
@@ -21,56 +21,40 @@ use tokio_tungstenite::{
 pub use crate::connection::ConnectionFailure;
 use crate::{ApiError, ErrorBody, ErrorCode, Secret, connection};
 
-/// How long a server may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long an ordinary request may take in all.
+/// For a whole request and its answer; streams have no limit.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest error body that is read, and the longest line of an event stream.
 const MAX_LINE: usize = 1 << 20;
-/// How much of a WebSocket is read at once, in bytes. Each has a buffer of that size, busy or not.
+/// The size of a WebSocket's read buffer, in bytes. Each connection has one, busy or idle.
 const READ_BUFFER: usize = 32 << 10;
 
-/// A WebSocket to the server.
 pub type WebSocket = WebSocketStream<reqwest::Upgraded>;
 
-/// Why a call did not give what it was made for.
+/// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The server's address cannot be used.
+    /// The server's URL, or the CA certificates given for it, cannot be used.
     #[error("{url:?} is not a usable server URL: {reason}")]
-    BadUrl {
-        /// What was given.
-        url: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
+    BadUrl { url: String, reason: &'static str },
     /// No answer: refused, unreachable, timed out, or cut off.
     #[error("cannot reach {server}: {reason}")]
-    Unreachable {
-        /// The server's address.
-        server: String,
-        /// What kind of failure it is.
-        failure: ConnectionFailure,
-        /// The reason in words.
-        reason: String,
-    },
-    /// The server refused, and says why.
+    Unreachable { server: String, failure: ConnectionFailure, reason: String },
+    /// The server answered with an error.
     #[error(transparent)]
     Api(#[from] ApiError),
-    /// The answer is not one a Loom server gives: a proxy or another program is in the way.
+    /// The answer is not from a Loom server: perhaps a proxy is in the way.
     #[error("unexpected answer from {server}: {reason}")]
     Protocol {
-        /// The server's address.
         server: String,
-        /// What was odd.
         reason: String,
-        /// The HTTP status, when that was odd.
+        /// The HTTP status, if that is what was unexpected.
         status: Option<u16>,
     },
 }
 
 impl ClientError {
-    /// The API's error code, when the server itself refused.
+    /// The API's error code, if the server answered with one.
     #[must_use]
     pub const fn code(&self) -> Option<ErrorCode> {
         match self {
@@ -80,15 +64,15 @@ impl ClientError {
     }
 
     /// Whether the same request may succeed soon: the server, or a proxy in front of it, is overloaded, restarting or
-    /// out of reach.
+    /// unreachable.
     #[must_use]
-    pub fn is_passing(&self) -> bool {
-        let passing = |status: u16| status == 429 || status >= 500;
+    pub fn is_transient(&self) -> bool {
+        let transient = |status: u16| status == 429 || status >= 500;
         match self {
             Self::BadUrl { .. } => false,
-            Self::Unreachable { failure, .. } => failure.is_passing(),
-            Self::Api(error) => passing(error.code.http_status()),
-            Self::Protocol { status, .. } => status.is_some_and(passing),
+            Self::Unreachable { failure, .. } => failure.is_transient(),
+            Self::Api(error) => transient(error.code.http_status()),
+            Self::Protocol { status, .. } => status.is_some_and(transient),
         }
     }
 }
@@ -102,33 +86,33 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client for the server at `url`, authenticated by `token` if there is one.
+    /// Makes a client for the server at `url`, authenticated by `token` if there is one.
     ///
     /// # Errors
     ///
-    /// [`ClientError::BadUrl`] when `url` is not `https://`, or `http://` on loopback: a token never travels in clear.
+    /// [`ClientError::BadUrl`] when `url` is neither `https://` nor `http://` on loopback: a token is never sent in
+    /// clear.
     ///
     /// # Panics
     ///
-    /// Never in practice: only if the TLS library cannot be set up at all.
+    /// Only if the TLS library cannot be initialised.
     pub fn new(url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
-        Self::trusting(url, token, "")
+        Self::with_ca_certificates(url, token, "")
     }
 
-    /// The same, for a server whose certificate is of an authority that the system does not know: `authorities` are
-    /// certificates in PEM.
+    /// As [`Client::new`], and also trusts the CA certificates in `authorities` (PEM).
     ///
     /// # Errors
     ///
-    /// As for [`Client::new`], and when `authorities` cannot be read.
+    /// As for [`Client::new`], and when `authorities` cannot be parsed.
     ///
     /// # Panics
     ///
     /// As for [`Client::new`].
-    pub fn trusting(url: &str, token: Option<Secret>, authorities: &str) -> Result<Self, ClientError> {
+    pub fn with_ca_certificates(url: &str, token: Option<Secret>, authorities: &str) -> Result<Self, ClientError> {
         static PROVIDER: Once = Once::new();
         PROVIDER.call_once(|| {
-            // An error only says that somebody else has installed one.
+            // Fails only if a provider is installed already.
             let _ = rustls::crypto::ring::default_provider().install_default();
         });
         let bad = |reason| ClientError::BadUrl { url: url.to_owned(), reason };
@@ -139,7 +123,7 @@ impl Client {
             "http" => return Err(bad("plain http is for loopback only; use https")),
             _ => return Err(bad("it must begin with https:// (or http:// on loopback)")),
         }
-        const UNREADABLE: &str = "the certificates of authorities given for it cannot be read";
+        const UNREADABLE: &str = "the CA certificates given for it cannot be read";
         let authorities = reqwest::Certificate::from_pem_bundle(authorities.as_bytes()).map_err(|_| bad(UNREADABLE))?;
         let without_authorities = authorities.is_empty();
         let http = reqwest::Client::builder()
@@ -148,13 +132,12 @@ impl Client {
             .user_agent(concat!("loom/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|_| match without_authorities {
-                true => bad("this system has no certificates of authorities; install ca-certificates"),
+                true => bad("this system has no CA certificates; install ca-certificates"),
                 false => bad(UNREADABLE),
             })?;
         Ok(Self { http, base, token })
     }
 
-    /// The server's address.
     #[must_use]
     pub const fn base(&self) -> &Url {
         &self.base
@@ -166,29 +149,15 @@ impl Client {
         Self { token: Some(token), ..self.clone() }
     }
 
-    /// `GET path` for a JSON object.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClientError`] says.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.json(self.request(Method::GET, path)?).await
     }
 
-    /// `POST path` with a JSON body, for a JSON object.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClientError`] says.
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
         self.json(self.request(Method::POST, path)?.json(body)).await
     }
 
-    /// `POST path` that the server performs once for all tries with the same `idempotency_key`.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClientError`] says.
+    /// `POST` that the server performs once, however often it is retried with the same `idempotency_key`.
     pub async fn post_once<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -198,20 +167,11 @@ impl Client {
         self.json(self.request(Method::POST, path)?.header("idempotency-key", idempotency_key).json(body)).await
     }
 
-    /// `DELETE path`.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClientError`] says.
     pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
         self.send(self.request(Method::DELETE, path)?.timeout(REQUEST_TIMEOUT)).await.map(drop)
     }
 
-    /// `GET path` for its body as it comes, without an end in time.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClientError`] says; the stream ends with an error when the connection is cut.
+    /// `GET` with a streamed answer and no timeout. The stream yields an error when the connection is cut.
     pub async fn bytes(
         &self,
         path: &str,
@@ -221,11 +181,8 @@ impl Client {
         Ok(response.bytes_stream().map(move |chunk| chunk.map_err(|error| unreachable_error(&server, &error))))
     }
 
-    /// `GET path` for server-sent events (WHATWG HTML §9.2): the `data` of each, read as JSON.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClientError`] says; the stream ends with an error when the connection is cut.
+    /// `GET` of server-sent events (WHATWG HTML §9.2): the `data` of each, parsed as JSON. The stream yields an error
+    /// when the connection is cut.
     pub async fn events<T: DeserializeOwned + Send + 'static>(
         &self,
         path: &str,
@@ -240,13 +197,13 @@ impl Client {
                     let Some(data) = line.strip_prefix(b"data:") else { continue };
                     let item = serde_json::from_slice(data).map_err(|error| ClientError::Protocol {
                         server: server.clone(),
-                        reason: format!("an event that cannot be read: {error}"),
+                        reason: format!("an event that cannot be parsed: {error}"),
                         status: None,
                     })?;
                     return Ok(Some((item, (body, buffer, server))));
                 }
                 if buffer.len() > MAX_LINE {
-                    let reason = "an event without an end".to_owned();
+                    let reason = "an event that is too long".to_owned();
                     return Err(ClientError::Protocol { server, reason, status: None });
                 }
                 match body.next().await {
@@ -257,13 +214,7 @@ impl Client {
         }))
     }
 
-    /// Opens a WebSocket at `path`, which may carry a query.
-    ///
-    /// Messages above `max_frame` bytes end the connection.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClientError`] says.
+    /// Opens a WebSocket at `path`, which may carry a query. A message above `max_frame` bytes ends the connection.
     pub async fn websocket(
         &self,
         path: &str,
@@ -286,7 +237,7 @@ impl Client {
             if response.status() != StatusCode::SWITCHING_PROTOCOLS
                 || accept != Some(&derive_accept_key(key.as_bytes()))
             {
-                return Err(self.protocol_error("the WebSocket upgrade was not done; is a proxy in the way?"));
+                return Err(self.protocol_error("the WebSocket upgrade failed; is a proxy in the way?"));
             }
             response.upgrade().await.map_err(|error| unreachable_error(&self.base, &error))
         };
@@ -323,11 +274,11 @@ impl Client {
         let response = self.send(request.timeout(REQUEST_TIMEOUT)).await?;
         let body = response.bytes().await.map_err(|error| unreachable_error(&self.base, &error))?;
         serde_json::from_slice(&body).map_err(|error| {
-            self.protocol_error(&format!("the answer cannot be read ({error}); are the versions too far apart?"))
+            self.protocol_error(&format!("the answer cannot be parsed ({error}); are the versions too far apart?"))
         })
     }
 
-    /// Sends, and turns an error status into the error it stands for.
+    /// Sends a request, and turns an error status into [`ClientError::Api`] or [`ClientError::Protocol`].
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, ClientError> {
         let response = request.send().await.map_err(|error| unreachable_error(&self.base, &error))?;
         let status = response.status();
@@ -339,7 +290,7 @@ impl Client {
             Ok(body) => Err(body.error.into()),
             Err(_) => Err(ClientError::Protocol {
                 server: self.base.to_string(),
-                reason: format!("HTTP {status}, and not from a Loom server"),
+                reason: format!("HTTP {status}, not from a Loom server"),
                 status: Some(status.as_u16()),
             }),
         }
@@ -368,27 +319,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn failures_that_may_pass_are_told_from_those_that_stay() {
+    fn overload_and_outages_are_transient_and_refusals_are_not() {
         let server = || "https://loom.example/".to_owned();
         let unreachable = |failure| ClientError::Unreachable { server: server(), failure, reason: String::new() };
         let answered = |status| ClientError::Protocol { server: server(), reason: String::new(), status };
         let refused = |code| ClientError::from(ApiError::new(code, "no"));
-        for passing in [
+        for error in [
             unreachable(ConnectionFailure::Refused),
             unreachable(ConnectionFailure::Other),
             answered(Some(502)),
             answered(Some(429)),
             refused(ErrorCode::Internal),
         ] {
-            assert!(passing.is_passing(), "{passing:?}");
+            assert!(error.is_transient(), "{error:?}");
         }
-        for lasting in [
+        for error in [
             unreachable(ConnectionFailure::UnknownIssuer),
             answered(Some(404)),
             answered(None),
             refused(ErrorCode::Unauthorized),
         ] {
-            assert!(!lasting.is_passing(), "{lasting:?}");
+            assert!(!error.is_transient(), "{error:?}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Why no connection to a server came about, told apart as far as people must do different things about it.
+//! Why connecting to a server failed, told apart as far as the user has to do different things about it.
 
 use std::{error::Error, io, iter::successors};
 
@@ -6,17 +6,15 @@ use jiff::Timestamp;
 use reqwest::Url;
 use rustls::{CertificateError, InvalidMessage, pki_types::UnixTime};
 
-/// The kinds of failure to connect.
+/// Why connecting failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConnectionFailure {
-    /// Nothing listens there.
+    /// Nothing listens on the port.
     Refused,
-    /// The host's name cannot be resolved.
     UnknownHost,
-    /// No answer in time.
     TimedOut,
-    /// No trusted authority signed the certificate.
+    /// No trusted CA signed the certificate.
     UnknownIssuer,
     /// The certificate is for other names.
     WrongName,
@@ -24,7 +22,7 @@ pub enum ConnectionFailure {
     Expired,
     /// The certificate is not valid yet.
     NotYetValid,
-    /// The certificate is wrong in another way.
+    /// The certificate is invalid in another way.
     BadCertificate,
     /// The server speaks plain HTTP where HTTPS was expected.
     PlainHttp,
@@ -35,14 +33,14 @@ pub enum ConnectionFailure {
 }
 
 impl ConnectionFailure {
-    /// Whether trying again soon may work.
+    /// Whether a retry may succeed soon.
     #[must_use]
-    pub const fn is_passing(self) -> bool {
+    pub const fn is_transient(self) -> bool {
         matches!(self, Self::Refused | Self::UnknownHost | Self::TimedOut | Self::Other)
     }
 }
 
-/// The kind of a failure, and its reason in words.
+/// The kind of a failure, and the reason as the user reads it.
 pub(crate) fn describe(server: &Url, error: &reqwest::Error) -> (ConnectionFailure, String) {
     if error.is_timeout() {
         return (ConnectionFailure::TimedOut, "timed out".to_owned());
@@ -56,7 +54,7 @@ pub(crate) fn describe(server: &Url, error: &reqwest::Error) -> (ConnectionFailu
             return known;
         }
         innermost = cause.to_string();
-        // The types of these two are private to the HTTP client.
+        // The HTTP client does not export the types of these two errors.
         if innermost.starts_with("dns error") {
             return (ConnectionFailure::UnknownHost, format!("the name {host} cannot be resolved"));
         }
@@ -110,7 +108,7 @@ fn tls_failure(host: &str, error: &rustls::Error) -> Option<(ConnectionFailure, 
 /// An error and what caused it, outermost first.
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     successors(Some(error), |&error| {
-        // `source` of an I/O error skips the error that it wraps.
+        // An I/O error's `source` is that of the error it wraps, so ask for the wrapped error itself.
         let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
         wrapped.map(|wrapped| wrapped as &(dyn Error + 'static)).or_else(|| error.source())
     })
@@ -121,7 +119,7 @@ fn bare_name(name: &str) -> &str {
     name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(name).trim_matches('"')
 }
 
-/// ` on 2026-01-02`, if that is a date.
+/// ` on 2026-01-02`; empty if the time is out of range.
 fn at(time: UnixTime) -> String {
     let date = i64::try_from(time.as_secs()).ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
     date.map_or_else(String::new, |date| format!(" on {}", date.strftime("%Y-%m-%d")))

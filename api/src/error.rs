@@ -1,49 +1,49 @@
-//! What the API answers when it does not do what was asked: `{"error":{"code","message","hint"}}`.
+//! The API's errors: `{"error":{"code","message","hint"}}`.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// A stable name for one kind of failure. Clients decide by it; people read the message.
+/// A stable name for one kind of error. Programs act on the code; people read the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorCode {
     /// The request is malformed: a field, a query or the JSON itself.
     InvalidRequest,
-    /// The lifetime is not above zero or goes past the most that is allowed.
+    /// The lifetime is not above zero, or exceeds the maximum.
     InvalidLifetime,
-    /// The image's name cannot be read as one.
+    /// The image's name is not a valid image reference.
     InvalidImage,
     /// No token, or one that is unknown, expired or revoked.
     Unauthorized,
-    /// The token is good, and may not do this.
+    /// The token is valid but has no right to do this.
     Forbidden,
-    /// The WireGuard key is new to the server, and the request does not prove that its sender holds it: answer a
-    /// challenge (`GET /api/wireguard/challenge`).
+    /// The server does not know the WireGuard key yet, and the request does not prove that its sender holds it: get a
+    /// challenge from `GET /api/wireguard/challenge` and answer it.
     KeyNotProven,
-    /// No weaver of that id or name in the caller's organisations.
+    /// None of the caller's organisations has a weaver with this id or name.
     WeaverNotFound,
-    /// The prefix or name fits several weavers.
+    /// The prefix or name matches several weavers.
     WeaverAmbiguous,
     /// Nothing at this address.
     NotFound,
-    /// The name is taken by another weaver.
+    /// Another live weaver of the organisation has this name.
     NameTaken,
-    /// An `Idempotency-Key` was used before with another request.
+    /// The `Idempotency-Key` was used before with a different request.
     IdempotencyConflict,
-    /// The weaver is not in a state that allows this (not running yet, for one).
+    /// The weaver is not in a state that allows this; for example, it is not running yet.
     WeaverNotReady,
-    /// The weaver has ended: deleted, expired or its main program exited.
+    /// The weaver was deleted, has expired, or its main program has exited.
     WeaverGone,
-    /// The organisation has as many weavers as it may.
+    /// The organisation or the user has reached its limit of live weavers.
     TooManyWeavers,
-    /// The user has as many tokens as it may.
+    /// The user has reached the limit of tokens.
     TooManyTokens,
-    /// The user or the organisation has as many connections of this kind as it may.
+    /// The user or the organisation has reached its limit of connections of this kind.
     TooManyConnections,
     /// Too many requests came from the client's address.
     TooManyRequests,
-    /// The image cannot be had: it does not exist, is not allowed, or this backend has no images.
+    /// The image does not exist, is not allowed, or this backend has no images.
     ImageUnavailable,
     /// Device login: not approved yet.
     AuthorizationPending,
@@ -51,25 +51,24 @@ pub enum ErrorCode {
     SlowDown,
     /// Device login: the code has expired.
     ExpiredToken,
-    /// Device login: the user said no.
+    /// Device login: the user denied it.
     AccessDenied,
-    /// The request's body is larger than accepted.
+    /// The request's body is too large.
     PayloadTooLarge,
     /// The backend that runs weavers failed.
     KubernetesError,
     /// The weaver's agent did not answer in time.
     AgentUnreachable,
-    /// The server cannot do this now, but may later.
+    /// The server cannot do this now; try again later.
     Unavailable,
-    /// A fault of the server's own.
+    /// A fault in the server; its log has the details.
     Internal,
-    /// A code this build does not know: a newer server's.
+    /// Sent by a newer server, and unknown to this build.
     #[serde(other)]
     Unknown,
 }
 
 impl ErrorCode {
-    /// The HTTP status that goes with the code.
     #[must_use]
     pub const fn http_status(self) -> u16 {
         match self {
@@ -96,27 +95,24 @@ impl ErrorCode {
     }
 }
 
-/// One failure: what the code says to programs, and what message and hint say to people.
+/// Why a request failed: the code is for programs, message and hint are for people.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    /// The stable code.
     pub code: ErrorCode,
     /// What failed and why, in a sentence without a full stop.
     pub message: String,
-    /// What to do next, where there is something.
+    /// What to do next, if there is anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
 impl ApiError {
-    /// An error without a hint.
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), hint: None }
     }
 
-    /// Adds what to do next.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -124,9 +120,8 @@ impl ApiError {
     }
 }
 
-/// The body of every answer that is not a success.
+/// The body of every error response.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
-    /// The failure.
     pub error: ApiError,
 }

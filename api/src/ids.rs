@@ -21,7 +21,7 @@ macro_rules! id {
         pub struct $name(Uuid);
 
         impl $name {
-            /// Makes a new identifier from the current time and random bits.
+            /// Makes a UUIDv7 from the current time and random bits.
             #[must_use]
             pub fn generate() -> Self {
                 Self(Uuid::now_v7())
@@ -58,7 +58,7 @@ macro_rules! id {
             fn from_str(text: &str) -> Result<Self, Self::Err> {
                 let error = || ParseIdError { text: text.chars().take(64).collect(), kind: $kind, prefix: $prefix };
                 let bare = text.strip_prefix(concat!($prefix, "-")).unwrap_or(text);
-                // Only the hyphenated form is ours; `Uuid` alone would take braces and URNs too.
+                // `Uuid` would also accept braces, URNs and the form without hyphens.
                 if bare.len() != 36 {
                     return Err(error());
                 }
@@ -103,7 +103,7 @@ id!(
 );
 
 impl WeaverId {
-    /// The name of the weaver's pod, the same at every try, so that creating it twice makes one pod.
+    /// The name of the weaver's pod: derived from the id, so that creating it twice makes one pod.
     #[must_use]
     pub fn pod_name(&self) -> String {
         format!("weaver-{}", self.0)
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn another_kind_and_other_uuid_spellings_are_refused() {
+    fn ids_of_another_kind_and_other_uuid_forms_are_refused() {
         let uuid = Uuid::now_v7();
         for text in [format!("O-{uuid}"), format!("{{{uuid}}}"), uuid.simple().to_string(), String::new()] {
             assert!(text.parse::<WeaverId>().is_err(), "{text}");

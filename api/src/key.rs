@@ -1,4 +1,4 @@
-//! WireGuard public keys as they travel in JSON: base64 of 32 bytes, the form that `wg` prints.
+//! WireGuard public keys, in JSON base64 of 32 bytes as `wg` prints them.
 
 use std::{fmt, str::FromStr};
 
@@ -9,13 +9,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WireGuardKey(pub [u8; 32]);
 
-/// A string that is not the base64 of a 32-byte key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a WireGuard public key: expected base64 of 32 bytes")]
 pub struct ParseKeyError;
 
 impl WireGuardKey {
-    /// The key's bytes.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0

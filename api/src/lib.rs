@@ -1,11 +1,16 @@
 //! The contract between `loom`, `loom-server` and `loom-agent`.
 //!
-//! Everything that crosses a process boundary of the control plane is defined here once, so that both ends are
-//! compiled against the same words: [`ids`] name things, [`weaver`] and [`login`] are the HTTP API's objects, [`error`]
-//! its error codes, [`tunnel`] what a client needs to reach a weaver privately, [`possession`] how a key is proved, [`agent`] the control link between the
-//! server and the agents, and [`attach`] the terminal protocol. The data plane's own framing is in `loom-tunnel`.
+//! Every type that crosses a process boundary of the control plane is defined here once: [`ids`] are the identifiers,
+//! [`weaver`] and [`login`] the HTTP API's objects, [`error`] its error codes, [`tunnel`] what a client needs to reach a
+//! weaver privately, [`possession`] how it proves that it holds a key, [`agent`] the control link between the server and
+//! the agents, and [`attach`] the terminal protocol. The data plane's framing is in `loom-tunnel`.
 //!
-//! With the feature `client`, [`client`] is the one HTTP and WebSocket client that the CLI and the agent share.
+//! With the feature `client`, [`client`] is the HTTP and WebSocket client that the CLI and the agent share.
+//!
+//! Doc comments here also become the descriptions in the OpenAPI document.
+
+// Most of this crate is fields and variants: one whose name says everything has no comment.
+#![expect(missing_docs)]
 
 pub mod agent;
 pub mod attach;

@@ -17,17 +17,16 @@ pub struct StartDeviceLogin {
 /// The answer to [`StartDeviceLogin`] (RFC 8628 §3.2).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DeviceLogin {
-    /// What the client polls with.
+    /// For `POST /api/login/token`.
     pub device_code: Secret,
-    /// What the user types.
+    /// The code that the user types at `verification_uri`.
     pub user_code: String,
-    /// Where the user types it.
     pub verification_uri: String,
     /// The same with the code filled in.
     pub verification_uri_complete: String,
-    /// Seconds until the codes end.
+    /// Seconds until both codes expire.
     pub expires_in: u64,
-    /// Seconds to wait between two polls.
+    /// Seconds to wait between polls.
     pub interval: u64,
 }
 
@@ -39,29 +38,27 @@ pub struct PollDeviceLogin {
     pub device_code: Secret,
 }
 
-/// A new token. The server keeps only its hash: it is shown this once.
+/// A new token. It is shown only once: the server keeps its hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NewToken {
-    /// The bearer token.
     pub token: Secret,
-    /// What it is called in lists.
     pub name: String,
-    /// When it ends, if it does.
+    /// Absent when the token does not expire.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Timestamp>,
 }
 
-/// `POST /api/tokens`: makes a token for a program, such as CI.
+/// `POST /api/tokens`: creates a token for a program, such as CI.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateToken {
-    /// What it is called in lists.
+    /// The token's name in lists.
     pub name: String,
-    /// Hours until it ends; never, when left out. A token made with one that has an end does not outlive that.
+    /// Hours until it expires; by default never. A token never outlives the one it was created with.
     #[serde(default)]
     pub ttl_hours: Option<f64>,
-    /// Whether it is a person's login: that lives as long as the server lets logins live, and using it renews it.
+    /// Makes it a person's login: it expires after the server's login lifetime, and using it renews it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub login: bool,
 }
@@ -74,30 +71,26 @@ pub enum TokenKind {
     SignIn,
     /// A person's login on one machine; using it renews it.
     Login,
-    /// A program's; it lives as long as it was made for.
+    /// For a program; it expires when its creator said, or never.
     Api,
-    /// A kind this build does not know: a newer server's.
+    /// Sent by a newer server, and unknown to this build.
     #[serde(other)]
     Unknown,
 }
 
-/// A token in a list: everything but the token.
+/// A token in a list, without the secret itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TokenInfo {
-    /// Its number, for deleting it.
     pub id: i64,
-    /// What it is called.
     pub name: String,
-    /// What it is for.
     pub kind: TokenKind,
-    /// When it was made.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
-    /// When it was last used, to the minute, if it was.
+    /// To the minute; absent when it was never used.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_used_at: Option<Timestamp>,
-    /// When it ends, if it does.
+    /// Absent when the token does not expire.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Timestamp>,
@@ -106,28 +99,23 @@ pub struct TokenInfo {
 /// `GET /api/me`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Me {
-    /// The caller.
     pub user: User,
     /// The caller's organisations, the personal one first.
     pub organisations: Vec<Organisation>,
 }
 
-/// A user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct User {
-    /// Its id.
     pub id: UserId,
-    /// Its name, unique on the server.
+    /// Unique on the server.
     pub name: String,
 }
 
-/// An organisation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Organisation {
-    /// Its id.
     pub id: OrgId,
-    /// Its name, unique on the server.
+    /// Unique on the server.
     pub name: String,
-    /// Whether it is the caller's own.
+    /// Whether it is the caller's personal organisation.
     pub personal: bool,
 }

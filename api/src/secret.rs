@@ -1,4 +1,4 @@
-//! A string that must not be seen: wiped when dropped, hidden in `Debug`.
+//! A secret string: zeroed when dropped, hidden in `Debug`.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ use zeroize::Zeroize;
 pub struct Secret(String);
 
 impl Secret {
-    /// The secret itself, for the one place that sends or checks it.
+    /// The secret in clear.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0

@@ -8,26 +8,26 @@ use utoipa::ToSchema;
 
 use crate::{OrgId, Secret, UserId, WeaverId};
 
-/// The lifetime of a weaver when the request names none, in hours.
+/// When the request names none.
 pub const DEFAULT_LIFETIME_HOURS: f64 = 4.0;
-/// The longest life of a weaver, extensions included, in hours from creation.
+/// Counted from creation, extensions included.
 pub const MAX_LIFETIME_HOURS: f64 = 48.0;
 
-/// The most weavers that `GET /api/weavers` lists at once.
+/// The page size of `GET /api/weavers`.
 pub const MAX_LIST: u32 = 1_000;
 
 /// The pod's phase as a user should see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 pub enum WeaverStatus {
-    /// Being made: waiting for a place, an image, the agent or the clone.
+    /// Being created: waiting to be scheduled, for the image, the agent or the clone.
     Pending,
     /// The main program runs.
     Running,
-    /// The main program ended with code 0.
+    /// The main program exited with code 0.
     Succeeded,
-    /// It could not be made, or its main program ended otherwise.
+    /// The weaver could not be created, or its main program did not exit with code 0.
     Failed,
-    /// The backend cannot say.
+    /// The backend does not know.
     Unknown,
 }
 
@@ -51,7 +51,7 @@ impl std::fmt::Display for WeaverStatus {
     }
 }
 
-/// What a weaver may use.
+/// CPU and memory limits of a weaver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceSpec {
@@ -61,108 +61,96 @@ pub struct ResourceSpec {
     pub memory_mb: u32,
 }
 
-/// `POST /api/weavers`. Every field may be left out.
+/// `POST /api/weavers`. Every field is optional.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CreateWeaver {
-    /// The container image; the server's default otherwise.
+    /// The container image; by default the server's.
     pub image: Option<String>,
-    /// The organisation it belongs to; the caller's personal one otherwise.
+    /// The organisation it belongs to; by default the caller's personal one.
     pub org_id: Option<OrgId>,
     /// A name, unique among the organisation's live weavers: a DNS label (RFC 1123).
     pub name: Option<String>,
-    /// Environment of the weaver's processes. Kept sealed, and never part of a pod's spec.
+    /// Environment of the weaver's processes. Stored encrypted, and never part of a pod's spec.
     pub env: BTreeMap<String, Secret>,
     /// A git repository to clone into the workspace.
     pub repo: Option<String>,
     /// The branch to check out; needs `repo`.
     pub branch: Option<String>,
-    /// Hours to live, counted from creation.
+    /// Hours from creation until the weaver ends; by default 4, at most 48.
     pub lifetime_hours: Option<f64>,
-    /// The main program and its arguments; the image's own otherwise.
+    /// The main program and its arguments; by default the image's.
     pub command: Option<Vec<String>>,
-    /// What it may use; the server's setting otherwise.
+    /// By default what the server's settings say.
     pub resources: Option<ResourceSpec>,
 }
 
-/// A weaver.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Weaver {
-    /// Its id.
     pub id: WeaverId,
-    /// Its name, if it was given one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The organisation it belongs to.
     pub org_id: OrgId,
-    /// Who made it.
+    /// The user who created it.
     pub owner_id: UserId,
-    /// The image that was asked for.
+    /// The image as requested; `image_digest` says which one that was.
     pub image: String,
-    /// The repository cloned into it.
+    /// The git repository cloned into the workspace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repo: Option<String>,
-    /// The branch that was asked for.
+    /// The branch as requested; absent for the repository's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<String>,
-    /// The main program that was asked for.
+    /// The main program and its arguments as requested; absent for the image's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<Vec<String>>,
-    /// How it is.
     pub status: WeaverStatus,
-    /// Why it is so, in words.
+    /// Why it has this status, for people to read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// When it was made.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
-    /// Its life in hours, from creation, extensions included.
+    /// Hours from creation to `expires_at`, extensions included.
     pub lifetime_hours: f64,
-    /// When it ends. Absolute: nothing but `extend` changes it.
+    /// When it ends. Only an extension changes it.
     #[schema(value_type = String, format = DateTime)]
     pub expires_at: Timestamp,
-    /// Hours since creation.
     pub age_hours: f64,
-    /// Hours until it ends, never below zero.
+    /// Hours until `expires_at`, never below zero.
     pub remaining_hours: f64,
-    /// The pod's name.
     pub pod_name: String,
-    /// The pod's phase in the backend's own words; absent while there is no pod, as before it is made and after the
-    /// weaver's end.
+    /// The pod's phase as the backend names it; absent before the pod is created and after the weaver's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_phase: Option<String>,
-    /// The pod's address, where it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_ip: Option<String>,
     /// The node that the pod runs on, on a backend that has nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// The digest of the image that it runs, once that is known: `sha256:…`.
+    /// The digest of the image that it runs, once known: `sha256:…`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_digest: Option<String>,
-    /// The main program's exit code, or 128 plus the signal, once it has ended.
+    /// The main program's exit code, or 128 plus the number of the signal that ended it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// What it may use.
     pub resources: ResourceSpec,
-    /// The backend's isolation that could not be had, in words; empty when all of it could.
+    /// The parts of the backend's isolation that are not in place, for people to read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
-    /// The agent, once it has reported.
+    /// What the agent last reported; absent before its first report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentInfo>,
 }
 
-/// What a weaver's agent last reported.
+/// What a weaver's agent reports.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct AgentInfo {
     /// Whether its control link is up now.
     pub connected: bool,
-    /// The agent's version.
     pub version: String,
     /// TCP ports that the weaver's processes listen on.
     pub ports: Vec<u16>,
-    /// The load average over one minute, as the kernel gives it.
+    /// The kernel's load average over one minute.
     pub load: f32,
 }
 
@@ -174,7 +162,7 @@ pub struct ExtendWeaver {
     pub hours: f64,
 }
 
-/// The kinds of events, in the order in which a weaver usually meets them.
+/// What happened, in the order in which it usually happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -183,57 +171,53 @@ pub enum EventKind {
     Created,
     /// The backend has started the pod.
     Started,
-    /// The agent has connected.
+    /// The agent's control link is up.
     AgentConnected,
-    /// The clone has begun.
+    /// Cloning the repository has begun.
     Cloning,
-    /// The clone is done.
+    /// The repository is cloned.
     Cloned,
-    /// The main program runs: people can come in.
+    /// The main program runs, and users can attach.
     Ready,
-    /// The backend has something to say (a pull, a scheduling problem).
+    /// News from the backend, such as an image pull or a scheduling problem.
     Backend,
     /// The agent's control link was lost.
     AgentDisconnected,
-    /// The deadline was moved.
+    /// A user moved the deadline.
     Extended,
     /// The deadline is near.
     Expiring,
     /// The deadline has passed.
     Expired,
-    /// The main program ended.
+    /// The main program exited.
     Exited,
-    /// The weaver failed.
+    /// The weaver could not be created, or was lost.
     Failed,
-    /// The weaver was deleted by a user.
+    /// A user deleted the weaver.
     Deleted,
-    /// A kind this build does not know: a newer server's.
+    /// Sent by a newer server, and unknown to this build.
     #[serde(other)]
     Unknown,
 }
 
-/// Something that happened to a weaver, and why.
+/// Something that happened to a weaver.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct WeaverEvent {
-    /// Grows with every event; a place to go on from.
+    /// Grows with every event; `?after=ID` continues after it.
     pub id: i64,
-    /// The weaver it happened to.
     pub weaver_id: WeaverId,
-    /// When.
     #[schema(value_type = String, format = DateTime)]
     pub at: Timestamp,
-    /// What kind of thing.
     pub kind: EventKind,
-    /// In words.
+    /// What happened and why, for people to read.
     pub message: String,
 }
 
 /// `GET /api/version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VersionInfo {
-    /// The server's version.
     pub version: String,
-    /// The protocol it speaks.
+    /// The version of the agent, relay and attach protocols.
     pub protocol: u32,
     /// The backend that runs weavers: `local` or `kubernetes`.
     pub backend: String,

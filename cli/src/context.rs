@@ -124,12 +124,12 @@ impl Context {
 
     /// A client with the user's token.
     pub(crate) fn client(&self) -> Result<Client, CliError> {
-        Ok(Client::trusting(&self.server_url()?, Some(self.token()?), &self.authorities()?)?)
+        Ok(Client::with_ca_certificates(&self.server_url()?, Some(self.token()?), &self.authorities()?)?)
     }
 
     /// A client without a token.
     pub(crate) fn anonymous_client(&self) -> Result<Client, CliError> {
-        Ok(Client::trusting(&self.server_url()?, None, &self.authorities()?)?)
+        Ok(Client::with_ca_certificates(&self.server_url()?, None, &self.authorities()?)?)
     }
 
     /// See [`Credentials::read`].

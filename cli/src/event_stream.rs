@@ -79,7 +79,7 @@ pub(crate) fn is_final(error: &ClientError) -> bool {
             error.code,
             ErrorCode::Internal | ErrorCode::KubernetesError | ErrorCode::AgentUnreachable | ErrorCode::Unknown
         ),
-        ClientError::Unreachable { failure, .. } => !failure.is_passing(),
+        ClientError::Unreachable { failure, .. } => !failure.is_transient(),
         ClientError::Protocol { .. } => false,
     }
 }

@@ -66,8 +66,12 @@ impl Config {
             |name: &str| get(name).filter(|value| !value.is_empty()).with_context(|| format!("{name} is not set"));
         Ok(Self {
             weaver: need("LOOM_WEAVER_ID")?.parse().context("LOOM_WEAVER_ID")?,
-            server: Client::trusting(need("LOOM_SERVER_URL")?, None, get("LOOM_SERVER_CA").unwrap_or_default())
-                .context("LOOM_SERVER_URL")?,
+            server: Client::with_ca_certificates(
+                need("LOOM_SERVER_URL")?,
+                None,
+                get("LOOM_SERVER_CA").unwrap_or_default(),
+            )
+            .context("LOOM_SERVER_URL")?,
             credential_file: need("LOOM_CREDENTIAL_FILE")?.into(),
             run_dir: need("LOOM_RUN_DIR")?.into(),
             host_pid: get("LOOM_HOST_PID").map(str::parse).transpose().context("LOOM_HOST_PID")?,

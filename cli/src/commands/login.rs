@@ -65,7 +65,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
         Some(file) => read_authorities(file)?,
         None => context.authorities()?,
     };
-    let anonymous = Client::trusting(&url, None, &authorities)?;
+    let anonymous = Client::with_ca_certificates(&url, None, &authorities)?;
     let token = match &args.token {
         Some(given) => exchange(&anonymous, given).await?,
         None => tokio::select! {
@@ -216,7 +216,7 @@ async fn poll(client: &Client, login: &DeviceLogin, progress: &Progress) -> Resu
             Some(ErrorCode::AccessDenied) => {
                 return Err(CliError::new(Exit::NOT_LOGGED_IN, "cannot log in: the login was refused in the browser"));
             }
-            _ if error.is_passing() => {
+            _ if error.is_transient() => {
                 pace.failed();
                 progress.waiting_for(&format!("{error}; trying again"));
                 problem = Some(error.to_string());

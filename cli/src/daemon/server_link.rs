@@ -91,7 +91,7 @@ struct ServerClient {
 
 impl ServerClient {
     fn new(server_url: &str, token: &Secret, authorities: &str) -> Result<Self> {
-        let client = Client::trusting(server_url, Some(token.clone()), authorities)?;
+        let client = Client::with_ca_certificates(server_url, Some(token.clone()), authorities)?;
         Ok(Self { client, authorities: authorities.to_owned() })
     }
 }

@@ -13,6 +13,7 @@
 pub mod agent;
 pub mod api;
 pub mod cluster;
+pub mod disk;
 pub mod git;
 pub mod keys;
 pub mod namespace;

@@ -1,42 +1,9 @@
 //! A disk that fills up while the server runs.
 
-use std::{fs, io::Write as _, os::unix::fs::PermissionsExt as _, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use anyhow::{Result, ensure};
-use loom_tests::{System, eventually, system::PATIENCE};
-
-/// A small file system in memory, until it is dropped.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn mount() -> Result<Self> {
-        let disk = Self(tempfile::Builder::new().prefix("loom-disk-").tempdir_in("/tmp")?);
-        let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=512m,mode=711", "tmpfs"])
-            .arg(disk.0.path())
-            .status()?;
-        ensure!(status.success(), "mounting a tmpfs: {status}");
-        Ok(disk)
-    }
-
-    /// Writes until nothing more fits.
-    fn fill(&self) -> Result<()> {
-        let mut file = fs::File::create(self.0.path().join("filler"))?;
-        let block = vec![1; 64 << 10];
-        while file.write_all(&block).is_ok() {}
-        Ok(())
-    }
-
-    fn empty(&self) -> Result<()> {
-        Ok(fs::remove_file(self.0.path().join("filler"))?)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
-    }
-}
+use loom_tests::{System, disk::Disk, eventually, system::PATIENCE};
 
 #[test]
 fn on_a_full_disk_weavers_still_end_and_nothing_is_lost_when_space_returns() -> Result<()> {
@@ -45,12 +12,12 @@ fn on_a_full_disk_weavers_still_end_and_nothing_is_lost_when_space_returns() -> 
         println!("left out: only root can mount a small disk");
         return Ok(());
     }
-    let disk = SmallDisk::mount()?;
-    let data = disk.0.path().join("data");
+    let disk = Disk::mount("size=512m")?;
+    let data = disk.path().join("data");
     fs::create_dir(&data)?;
     fs::set_permissions(&data, fs::Permissions::from_mode(0o711))?;
     // On the same disk, so that weavers have links to it and no copies.
-    let agent = disk.0.path().join("loom-agent");
+    let agent = disk.path().join("loom-agent");
     fs::copy(System::binary("loom-agent")?, &agent)?;
     let system = System::start_in(&data, &[("LOOM_SERVER_AGENT", &agent.to_string_lossy())])?;
     let token = system.admin_token()?;

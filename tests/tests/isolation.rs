@@ -1,15 +1,20 @@
 //! What a weaver on the local backend cannot do to another, to its own sidecar, or to the machine; and the machine to it.
 
 use std::{
-    fs,
-    os::unix::{fs::symlink, process::CommandExt as _},
+    fs::{self, Permissions},
+    os::unix::{
+        fs::{PermissionsExt as _, symlink},
+        process::CommandExt as _,
+    },
     path::Path,
     process::{Command, Output},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, Weaver, processes,
+    System, Weaver,
+    disk::Disk,
+    processes,
     system::{BACKEND, PATIENCE},
     terminal::Terminal,
 };
@@ -87,6 +92,36 @@ fn each_weaver_runs_as_a_user_of_its_own_who_cannot_enter_anothers_directory() -
     system.stop()
 }
 
+#[test]
+fn weavers_work_below_a_directory_that_only_its_owner_may_enter() -> Result<()> {
+    if !can_run(true) {
+        return Ok(());
+    }
+    // As the home directory of root is, where a server started by hand keeps its data.
+    let home = tempfile::Builder::new().permissions(Permissions::from_mode(0o700)).tempdir()?;
+    let data = home.path().join("server");
+    fs::create_dir(&data)?;
+    let system = System::start_in(&data, &[])?;
+    let weaver = system.new_weaver(&[])?;
+    assert_eq!(system.run(&["exec", &weaver.id, "--", "id", "-un"])?, "loom\n");
+    ensure!(!run_as(user(&system, &weaver)?, &format!("ls {}", home.path().display()))?.status.success());
+    system.stop()
+}
+
+#[test]
+fn a_weaver_that_cannot_be_started_says_why() -> Result<()> {
+    if !can_run(true) {
+        return Ok(());
+    }
+    let disk = Disk::mount("noexec")?;
+    let system = System::start_in(disk.path(), &[])?;
+    let output = system.output(&["new", "--no-attach"])?;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    let reason = "could not be started: executing the host: Permission denied";
+    ensure!(!output.status.success() && errors.contains(reason), "{output:?}");
+    system.stop()
+}
+
 /// A repository with one commit, at a path that the weavers' users can read.
 fn make_repository(at: &Path) -> Result<()> {
     let script = "set -e; git init -q -b main .; echo 'from a file' > README; git add README; \
@@ -144,7 +179,7 @@ fn with_own_etc(directory: &Path) -> Result<()> {
     let script = format!("#!/bin/sh\nexec unshare --mount --propagation private sh -c '{inner}' sh \"$@\"\n");
     let wrapper = directory.join("loom-server");
     fs::write(&wrapper, script)?;
-    Ok(fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755))?)
+    Ok(fs::set_permissions(&wrapper, Permissions::from_mode(0o755))?)
 }
 
 #[test]

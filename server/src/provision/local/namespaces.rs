@@ -11,6 +11,7 @@
 #![allow(unsafe_code, reason = "system calls without a safe form; each use says why it is sound")]
 
 use std::{
+    convert::Infallible,
     fs,
     io::{ErrorKind, Read as _, Write as _},
     os::{
@@ -22,6 +23,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::{
+    pipe::PipeFlags,
     process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid},
     thread::{
         UnshareFlags, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
@@ -92,15 +94,24 @@ pub(crate) fn init(probe: bool) -> Result<i32> {
     if namespaces.has(UnshareFlags::NEWUTS) {
         rustix::system::sethostname(spec.weaver.pod_name().as_bytes()).context("the weaver's host name")?;
     }
-    let Some(child) = fork()? else { return host(&spec, &namespaces) };
-    // The second word: the host's pid.
+    // Closed when the host is executed.
+    let (report, failure) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context("a pipe")?;
+    let Some(child) = fork()? else {
+        let Err(error) = host(&spec, &namespaces);
+        write!(fs::File::from(failure), "{error:#}")?;
+        return Err(error);
+    };
+    drop(failure);
+    // The second word: the host's pid, and why it could not be executed, if that is so.
     stdout.write_all(&child.as_raw_pid().to_ne_bytes())?;
+    std::io::copy(&mut fs::File::from(report), &mut stdout)?;
     stdout.flush()?;
+    rustix::stdio::dup2_stdout(fs::File::open("/dev/null")?)?;
     wait_and_forward(child)
 }
 
 /// In the forked process, PID 1 of its namespace: makes the root and becomes the host.
-fn host(spec: &LocalSpec, namespaces: &Namespaces) -> Result<i32> {
+fn host(spec: &LocalSpec, namespaces: &Namespaces) -> Result<Infallible> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut command = if namespaces.has(UnshareFlags::NEWNS) {
         rootfs::enter(namespaces.has(UnshareFlags::NEWPID))?;

@@ -168,16 +168,16 @@ fn bind_read_only(source: impl AsRef<Path>, at: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The mount points at and below a path, from the kernel's own list (proc(5)).
+/// The mount points at and below a path, from the kernel's own list (proc(5)). They are relative, because the weaver's
+/// user need not be able to enter the directories above ours.
 fn mounts_below(at: &Path) -> Result<Vec<std::path::PathBuf>> {
-    // Not canonicalised: the directories above ours need not be open to the weaver's user.
-    let at = std::env::current_dir()?.join(at);
+    let here = std::env::current_dir()?;
     let list = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(list
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
-        .map(|path| std::path::PathBuf::from(path.replace("\\040", " ")))
-        .filter(|path| path.starts_with(&at))
+        .filter_map(|path| Some(Path::new(&path.replace("\\040", " ")).strip_prefix(&here).ok()?.to_owned()))
+        .filter(|path| path.starts_with(at))
         .collect())
 }
 

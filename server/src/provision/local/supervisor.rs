@@ -156,7 +156,10 @@ async fn start_host(spec: &LocalSpec) -> Result<(Child, i32)> {
     }
     stdin.write_all(&[1]).await?;
     let mut host_pid = [0; 4];
-    stdout.read_exact(&mut host_pid).await.context("the weaver's root could not be made; pod.log says why")?;
+    stdout.read_exact(&mut host_pid).await.context("the weaver's first process ended; pod.log says why")?;
+    let mut failure = String::new();
+    stdout.read_to_string(&mut failure).await.context("what the weaver's first process says")?;
+    ensure!(failure.is_empty(), "the weaver's processes could not be started: {failure}");
     Ok((child, i32::from_ne_bytes(host_pid)))
 }
 

@@ -245,8 +245,19 @@ impl Store {
         Ok(done.rows_affected() > 0)
     }
 
-    /// Ends all grants of an ended weaver and frees its agent's key; the devices that had grants.
+    /// Ends all grants of an ended weaver and frees its agent's key; the devices that had grants. It is asked again for as
+    /// long as the weaver's pod is there, so it writes only when something is left.
     pub async fn remove_grants(&self, weaver: WeaverId) -> sqlx::Result<Vec<WireGuardKey>> {
+        let is_left: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM grants WHERE weaver_id = ?1) \
+             OR EXISTS (SELECT 1 FROM wireguard_keys WHERE weaver_id = ?1)",
+        )
+        .bind(weaver.to_string())
+        .fetch_one(self.reader())
+        .await?;
+        if !is_left {
+            return Ok(Vec::new());
+        }
         let mut transaction = self.begin_write().await?;
         let keys: Vec<String> = sqlx::query_scalar("DELETE FROM grants WHERE weaver_id = ? RETURNING public_key")
             .bind(weaver.to_string())
@@ -348,4 +359,30 @@ fn live_grant((weaver, device, address, candidates, expires_at, user): GrantRow)
         expires_at: timestamp(expires_at)?,
         user,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::store::{
+        tests::temporary,
+        weavers::tests::{added, end, user},
+    };
+
+    #[tokio::test]
+    async fn cutting_off_an_ended_weaver_again_writes_nothing() {
+        let (_directory, store) = temporary().await;
+        let weaver = added(&store, user(&store).await, None).await.id;
+        let key = WireGuardKey([7; 32]);
+        store.register_agent(weaver, "1.0", key).await.expect("registered");
+        end(&store, weaver, Timestamp::now()).await;
+        store.remove_grants(weaver).await.expect("removed");
+        assert_eq!(store.key_owner(key).await.expect("read"), None);
+        // Whoever wants to write now waits for ever.
+        let _writer = store.begin_write().await.expect("begun");
+        let again = tokio::time::timeout(Duration::from_secs(5), store.remove_grants(weaver));
+        assert_eq!(again.await.expect("nothing is written").expect("read"), []);
+    }
 }

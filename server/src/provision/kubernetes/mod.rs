@@ -10,6 +10,7 @@ mod config;
 mod image;
 mod observation;
 mod pod;
+mod pull;
 mod registry;
 pub mod rights;
 mod watch;

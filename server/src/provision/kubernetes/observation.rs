@@ -3,11 +3,8 @@
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Event, Pod, PodStatus};
 use loom_api::WeaverId;
 
-use super::pod;
+use super::{pod, pull};
 use crate::provision::{PodInfo, PodObservation, PodPhase};
-
-/// Signs in a puller's message that no further try will help: container runtimes have no codes for it.
-const NO_SUCH_IMAGE: [&str; 6] = ["not found", "unauthorized", "denied", "forbidden", "does not exist", "no such host"];
 
 /// What is seen of a weaver's pod; nothing when it is not one.
 pub(super) fn of(pod: &Pod) -> Option<PodObservation> {
@@ -121,14 +118,14 @@ fn waiting(state: &ContainerState) -> Option<(String, bool)> {
     let waiting = state.waiting.as_ref()?;
     let message = waiting.message.as_deref().unwrap_or_default();
     match waiting.reason.as_deref()? {
-        "ErrImagePull" | "ImagePullBackOff" => {
-            // Between two tries the kubelet says what the last one said, behind words of its own.
-            let message = message.split_once(": ErrImagePull: ").map_or(message, |(_, last)| last);
-            let lower = message.to_lowercase();
-            let hopeless = NO_SUCH_IMAGE.iter().any(|sign| lower.contains(sign));
-            Some((format!("the image cannot be pulled: {message}"), hopeless))
+        reason @ ("ErrImagePull" | "ImagePullBackOff" | "RegistryUnavailable") => {
+            // Between two tries the kubelet repeats what the last one said behind the image's name. Kubelets before
+            // Kubernetes 1.32 do not, and what was known before is still so.
+            let message = if reason == "ImagePullBackOff" { message.split_once("\": ")?.1 } else { message };
+            let pull::Failure { cause, is_final } = pull::failure(message);
+            Some((format!("the image cannot be pulled: {cause}"), is_final))
         }
-        "InvalidImageName" => Some((format!("the image's name is not one: {message}"), true)),
+        "InvalidImageName" => Some(("the image's name is not the name of an image".to_owned(), true)),
         "CreateContainerConfigError" => Some((format!("its container cannot be made: {message}"), true)),
         reason @ ("CreateContainerError" | "RunContainerError" | "CrashLoopBackOff") => {
             Some((format!("its container does not start ({reason}): {message}"), false))
@@ -195,17 +192,23 @@ mod tests {
 
     #[test]
     fn an_image_that_is_not_there_is_final_and_a_slow_registry_is_not() {
-        let pulling = |message: &str| {
+        let waiting = |reason: &str, message: &str| {
             judged(json!({"phase": "Pending", "containerStatuses": [{
                 "name": "weaver", "ready": false, "restartCount": 0, "image": "", "imageID": "",
-                "state": {"waiting": {"reason": "ErrImagePull", "message": message}}
+                "state": {"waiting": {"reason": reason, "message": message}}
             }]}))
         };
+        let pulling = |message: &str| waiting("ErrImagePull", message);
         assert_eq!(pulling("failed to resolve reference: example.org/a: not found").0, PodPhase::Failed);
         assert_eq!(pulling("dial tcp: lookup example.invalid: no such host").0, PodPhase::Failed);
         let slow = pulling("dial tcp: i/o timeout");
         assert_eq!(slow.0, PodPhase::Pending);
-        assert_eq!(pulling("Back-off pulling image \"a\": ErrImagePull: dial tcp: i/o timeout"), slow);
+        assert!(slow.1.as_ref().is_some_and(|reason| !reason.contains("dial")), "{slow:?}");
+        assert_eq!(
+            waiting("ImagePullBackOff", "Back-off pulling image \"a\": ErrImagePull: dial tcp: i/o timeout"),
+            slow
+        );
+        assert_eq!(waiting("ImagePullBackOff", "Back-off pulling image \"a\""), (PodPhase::Pending, None, None));
     }
 
     #[test]

@@ -73,7 +73,9 @@ impl App {
         let metrics = Arc::new(Metrics::default());
         let (changes, changed) = mpsc::channel(QUEUE);
         let provisioner: Arc<dyn Provisioner> = match &config.backend {
-            Backend::Local(local) => Arc::new(Local::start(local, own_url, changes.clone()).await?),
+            Backend::Local(local) => {
+                Arc::new(Local::start(local, own_url, config.tls.as_ref(), changes.clone()).await?)
+            }
             Backend::Kubernetes(kubernetes) => {
                 Arc::new(Kubernetes::start(kubernetes.clone(), &metrics.kubernetes_requests, changes.clone()).await?)
             }

@@ -140,8 +140,8 @@ impl System {
         Ok(system)
     }
 
-    /// Starts a server that serves HTTPS at a port of 127.0.0.1, with a certificate that the user trusts, and logs its
-    /// administrator in. Agents of the local backend do not trust it.
+    /// Starts a server that serves HTTPS at a port of 127.0.0.1, with a certificate that the user and weavers trust, and
+    /// logs its administrator in.
     ///
     /// # Errors
     ///
@@ -151,7 +151,11 @@ impl System {
         let pki = pki::for_server(system.directory.path(), "IP:127.0.0.1")?;
         system.listen = format!("127.0.0.1:{port}");
         system.tls = true;
-        for (setting, file) in [("LOOM_SERVER_TLS_CERT", "server.crt"), ("LOOM_SERVER_TLS_KEY", "server.key")] {
+        for (setting, file) in [
+            ("LOOM_SERVER_TLS_CERT", "server.crt"),
+            ("LOOM_SERVER_TLS_KEY", "server.key"),
+            ("LOOM_SERVER_LOCAL_AGENT_CA", "ca.crt"),
+        ] {
             system.set(setting, &pki.join(file).to_string_lossy());
         }
         system.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));

@@ -18,9 +18,14 @@ fn text(output: &Output) -> String {
 
 /// A server over HTTPS, and its port.
 fn over_tls(files: &[PathBuf; 2]) -> Result<(System, u16)> {
+    over_tls_with(files, &[])
+}
+
+/// The same with further settings.
+fn over_tls_with(files: &[PathBuf; 2], settings: &[(&str, &str)]) -> Result<(System, u16)> {
     let [certificate, key] = files.each_ref().map(|path| path.to_string_lossy());
-    let settings = [("LOOM_SERVER_TLS_CERT", &*certificate), ("LOOM_SERVER_TLS_KEY", &*key)];
-    let system = System::start_logged_out(&settings)?;
+    let tls = [("LOOM_SERVER_TLS_CERT", &*certificate), ("LOOM_SERVER_TLS_KEY", &*key)];
+    let system = System::start_logged_out(&[&tls, settings].concat())?;
     let port = system.url().rsplit(':').next().unwrap_or_default().parse()?;
     Ok((system, port))
 }
@@ -95,6 +100,56 @@ fn an_authority_is_trusted_by_every_later_command_and_the_daemon() -> Result<()>
     // The authority is still known: it is the token that is refused.
     let output = loom_tests::system::output_with_input(loom(&["login", "--token", "-"]), b"loom_unused")?;
     assert_eq!(output.status.code(), Some(4), "{}", text(&output));
+    Ok(())
+}
+
+/// Makes a weaver of a server over HTTPS, as a user who trusts its authority, and runs a command in it.
+fn weaver_over_tls(authority: &Authority, files: &[PathBuf; 2], settings: &[(&str, &str)]) -> Result<()> {
+    let (system, port) = over_tls_with(files, settings)?;
+    let url = format!("https://localhost:{port}");
+    let run = |arguments: &[&str], input: &str| -> Result<String> {
+        let mut command = system.loom(arguments);
+        command.env("LOOM_SERVER_URL", &url);
+        let output = loom_tests::system::output_with_input(command, input.as_bytes())?;
+        assert!(output.status.success(), "{arguments:?}: {}\n{}", text(&output), system.server_log());
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let trusted = authority.certificate().to_string_lossy().into_owned();
+    run(&["login", "--ca", &trusted, "--token", "-"], &system.sign_in_token()?)?;
+    let weaver = run(&["new", "--no-attach"], "")?;
+    assert_eq!(run(&["ssh", weaver.trim(), "--", "echo", "inside"], "")?, "inside\n");
+    run(&["delete", "--yes", weaver.trim()], "")?;
+    Ok(())
+}
+
+#[test]
+fn weavers_trust_the_authority_that_the_operator_names() -> Result<()> {
+    let authority = Authority::new()?;
+    let trusted = authority.certificate().to_string_lossy().into_owned();
+    weaver_over_tls(&authority, &authority.server("leaf", HERE)?, &[("LOOM_SERVER_LOCAL_AGENT_CA", &trusted)])
+}
+
+#[test]
+fn weavers_trust_the_authority_in_the_servers_own_chain() -> Result<()> {
+    let authority = Authority::new()?;
+    let [certificate, key] = authority.server("leaf", HERE)?;
+    // With its key, as some programs keep them: it must not reach the weavers.
+    let chain = certificate.with_extension("chain");
+    let parts = [&certificate, &authority.certificate(), &key].map(std::fs::read_to_string);
+    std::fs::write(&chain, parts.into_iter().collect::<std::io::Result<String>>()?)?;
+    weaver_over_tls(&authority, &[chain, key], &[])
+}
+
+#[test]
+fn a_certificate_that_weavers_will_not_trust_is_told_at_the_start() -> Result<()> {
+    let authority = Authority::new()?;
+    let warnings = |files: &[PathBuf; 2]| -> Result<String> { Ok(over_tls(files)?.0.server_log()) };
+    let unknown = warnings(&authority.server("unknown", HERE)?)?;
+    assert!(unknown.contains("no weaver becomes ready") && unknown.contains("--local-agent-ca"), "{unknown}");
+    let trusted = authority.certificate().to_string_lossy().into_owned();
+    let files = authority.server("named", "DNS:loom.example")?;
+    let named = over_tls_with(&files, &[("LOOM_SERVER_LOCAL_AGENT_CA", &trusted)])?.0.server_log();
+    assert!(named.contains("not for 127.0.0.1") && named.contains("--public-url"), "{named}");
     Ok(())
 }
 

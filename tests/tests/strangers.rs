@@ -5,21 +5,17 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    process::{Child, Command, Stdio},
-    sync::Arc,
-    thread,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, Weaver, api, eventually, processes,
+    System, Weaver, api, eventually,
     service::{HonestUser, PROMPT},
     strangers::{Stranger, attack, is_closed},
     system::{PATIENCE, free_port},
 };
-use parking_lot::Mutex;
 
 /// How long each attack goes on: longer than any deadline for what it does not send.
 const ATTACK: Duration = Duration::from_secs(15);
@@ -44,11 +40,7 @@ fn unfinished_bodies_disturb_nobody() -> Result<()> {
 
 #[test]
 fn silent_connections_to_a_tls_server_disturb_nobody() -> Result<()> {
-    let forwarder = TlsForwarder::listen()?;
-    let url = format!("http://127.0.0.1:{}", forwarder.port);
-    let system = System::start_with_tls(free_port()?, &[("LOOM_SERVER_PUBLIC_URL", &url)])?;
-    forwarder.forward_to(&system.url());
-    let (system, weaver) = system_with_weaver(system)?;
+    let (system, weaver) = system_with_weaver(System::start_with_tls(free_port()?, &[])?)?;
     withstands(&system, &weaver, Stranger::connect)?;
     system.stop()
 }
@@ -161,49 +153,4 @@ fn probe(server: SocketAddr, path: &str) -> Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
-}
-
-/// Takes connections in clear and passes them on over TLS, by `openssl`: agents of the local backend trust only the
-/// system's authorities, which the test's is none of.
-struct TlsForwarder {
-    port: u16,
-    server: Arc<Mutex<Option<String>>>,
-    connections: Arc<Mutex<Vec<Child>>>,
-}
-
-impl TlsForwarder {
-    fn listen() -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port();
-        let forwarder = Self { port, server: Arc::default(), connections: Arc::default() };
-        let (server, connections) = (Arc::clone(&forwarder.server), Arc::clone(&forwarder.connections));
-        // Ends with the test's process.
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let Some(server) = server.lock().clone() else { continue };
-                let Ok(input) = stream.try_clone() else { continue };
-                let mut openssl = Command::new("openssl");
-                openssl.args(["s_client", "-quiet", "-connect", &server]).stderr(Stdio::null());
-                openssl.stdin(Stdio::from(std::os::fd::OwnedFd::from(input)));
-                openssl.stdout(Stdio::from(std::os::fd::OwnedFd::from(stream)));
-                if let Ok(child) = openssl.spawn() {
-                    connections.lock().push(child);
-                }
-            }
-        });
-        Ok(forwarder)
-    }
-
-    fn forward_to(&self, url: &str) {
-        *self.server.lock() = Some(url.trim_start_matches("https://").to_owned());
-    }
-}
-
-impl Drop for TlsForwarder {
-    fn drop(&mut self) {
-        for child in self.connections.lock().iter_mut() {
-            processes::signal(child.id().cast_signed(), rustix::process::Signal::KILL);
-            let _ = child.wait();
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! Backends that run weavers. The reconciler asks for what should be, looks at what is, and repeats itself; so every
 //! method here may be called at any time and again.
 
+mod authorities;
 pub mod kubernetes;
 pub mod local;
 

@@ -34,7 +34,7 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::mpsc, task::JoinSet};
 use tower::util::MapRequestLayer;
 
-use super::{PodInfo, PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage};
+use super::{PodInfo, PodObservation, PodSpec, ProvisionError, Provisioner, ResolvedImage, authorities};
 pub use config::{Config, DEFAULT_IMAGE, Settings};
 use image::Images;
 pub use registry::Authority;
@@ -76,10 +76,7 @@ impl Kubernetes {
             }
             checked => checked?,
         }
-        let authorities = match &config.agent_ca {
-            Some(path) => Some(std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?),
-            None => None,
-        };
+        let authorities = config.agent_ca.as_deref().map(authorities::read).transpose()?;
         let pods = Api::namespaced(client.clone(), &config.namespace);
         let seen = Arc::new(Seen::default());
         let mut watching = JoinSet::new();

@@ -24,6 +24,9 @@ pub struct Settings {
     /// [default: 61184]
     #[arg(long, env = "LOOM_SERVER_LOCAL_UID", value_name = "UID", global = true)]
     local_uid: Option<u32>,
+    /// Certificate authorities, in PEM, that agents trust for the server besides the system's. [default: those in tls-cert]
+    #[arg(long, env = "LOOM_SERVER_LOCAL_AGENT_CA", value_name = "FILE", global = true)]
+    local_agent_ca: Option<PathBuf>,
     /// Directories of git repositories on this machine that every user may clone from, by file:// URLs. [default: none]
     #[arg(long, env = "LOOM_SERVER_LOCAL_REPOSITORIES", value_name = "DIR", value_delimiter = ',', global = true)]
     local_repositories: Option<Vec<PathBuf>>,
@@ -52,6 +55,8 @@ pub struct Config {
     pub network: Network,
     /// The first user and group that weavers run as when root runs the server.
     pub uid: u32,
+    /// Authorities that agents trust for the server, in PEM.
+    pub agent_ca: Option<PathBuf>,
     /// Directories that weavers may clone from, without links in their paths.
     pub repositories: Vec<PathBuf>,
     /// Whether agents use UDP, or the relay only.
@@ -87,6 +92,15 @@ impl Settings {
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Config { directory: data_dir.join("weavers"), agent, image, network, uid, repositories, agent_udp })
+        Ok(Config {
+            directory: data_dir.join("weavers"),
+            agent,
+            image,
+            network,
+            uid,
+            agent_ca: self.local_agent_ca,
+            repositories,
+            agent_udp,
+        })
     }
 }

@@ -231,6 +231,7 @@ mod tests {
             LocalSpec {
                 weaver,
                 server_url: String::new(),
+                server_authorities: None,
                 uid,
                 isolated_network: true,
                 udp: false,

@@ -22,6 +22,7 @@ mod directory;
 mod namespaces;
 mod rootfs;
 pub mod supervisor;
+mod trust;
 
 use std::{
     collections::HashMap,
@@ -47,7 +48,7 @@ use tokio::{io::unix::AsyncFd, process::Command, sync::mpsc, time::timeout};
 
 use self::directory::{Directories, New};
 use super::{PodInfo, PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner, ResolvedImage};
-use crate::fault;
+use crate::{fault, listener::tls};
 pub use config::{Config, DEFAULT_IMAGE, Network, Settings};
 
 /// How long a supervisor may take to end what it runs before it is killed.
@@ -58,6 +59,9 @@ const GRACE: Duration = Duration::from_secs(12);
 struct LocalSpec {
     weaver: WeaverId,
     server_url: String,
+    /// The authorities that the sidecar trusts for it, in PEM.
+    #[serde(default)]
+    server_authorities: Option<String>,
     /// The user and group that the processes run as, and no other weaver's, when the server is root.
     uid: Option<u32>,
     isolated_network: bool,
@@ -83,6 +87,7 @@ enum LocalStatus {
 pub struct Local {
     directories: Arc<Directories>,
     server_url: String,
+    server_authorities: Option<String>,
     image: String,
     isolated_network: bool,
     udp: bool,
@@ -96,12 +101,18 @@ pub struct Local {
 
 impl Local {
     /// Prepares the backend: finds out what this machine can isolate, and watches the weavers that already run.
-    /// `changes` gets each weaver whose supervisor ends.
+    /// `tls` are the files by which the server serves HTTPS at `server_url`; `changes` gets each weaver whose supervisor
+    /// ends.
     ///
     /// # Errors
     ///
-    /// When its directory cannot be made.
-    pub async fn start(config: &Config, server_url: String, changes: mpsc::Sender<WeaverId>) -> Result<Self> {
+    /// When its directory cannot be made, or a certificate not be read.
+    pub async fn start(
+        config: &Config,
+        server_url: String,
+        tls: Option<&tls::Config>,
+        changes: mpsc::Sender<WeaverId>,
+    ) -> Result<Self> {
         let first_uid = rustix::process::geteuid().is_root().then_some(config.uid);
         let directories = Directories::open(config.directory.clone(), config.agent.clone(), first_uid)?;
         let mut warnings = namespaces::probe().await?;
@@ -112,9 +123,15 @@ impl Local {
         } else {
             warnings.push("the weaver's processes share this machine's network".to_owned());
         }
+        let chain = tls.map(|files| files.certificate.as_path());
+        let server_authorities = trust::authorities(config.agent_ca.as_deref(), chain)?;
+        if let (Some(chain), Some(authorities)) = (chain, &server_authorities) {
+            warnings.extend(trust::doubt(&server_url, chain, authorities)?);
+        }
         let local = Self {
             directories: Arc::new(directories),
             server_url,
+            server_authorities,
             image: config.image.clone(),
             isolated_network,
             udp: config.agent_udp,
@@ -254,6 +271,7 @@ impl Provisioner for Local {
         let new = self.directories.make(spec.weaver, |uid| LocalSpec {
             weaver: spec.weaver,
             server_url: self.server_url.clone(),
+            server_authorities: self.server_authorities.clone(),
             uid,
             isolated_network: self.isolated_network,
             udp: self.udp,

@@ -179,6 +179,9 @@ fn start_sidecar(spec: &LocalSpec, host_pid: i32) -> Result<Child> {
         .env("HOME", "sidecar")
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")
         .stdin(Stdio::null());
+    if let Some(authorities) = &spec.server_authorities {
+        command.env("LOOM_SERVER_CA", authorities);
+    }
     if !spec.repositories.is_empty() {
         command.env("LOOM_FILE_REPOSITORIES", std::env::join_paths(&spec.repositories)?);
     }

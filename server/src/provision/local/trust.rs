@@ -1,0 +1,56 @@
+//! Whether the agents of local weavers will trust this server's certificate, and by which authorities.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use reqwest::Url;
+use rustls::{
+    CertificateError,
+    client::danger::ServerCertVerifier as _,
+    crypto::ring,
+    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
+};
+use rustls_platform_verifier::Verifier;
+
+use super::super::authorities;
+
+/// The authorities that agents are given, in PEM: those of `named`, or of the server's own chain, which may end in a
+/// root or be a certificate that signed itself.
+///
+/// # Errors
+///
+/// When they cannot be read.
+pub(super) fn authorities(named: Option<&Path>, chain: Option<&Path>) -> Result<Option<String>> {
+    named.or(chain).map(authorities::read).transpose()
+}
+
+/// Why agents will not accept the chain in this file at `url`, if they will not: checked as they do it.
+pub(super) fn doubt(url: &str, chain: &Path, authorities: &str) -> Result<Option<String>> {
+    let url: Url = url.parse().context("the server's own address")?;
+    if url.scheme() != "https" {
+        return Ok(None);
+    }
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    let name = ServerName::try_from(host).with_context(|| format!("the name {host}"))?;
+    let roots: Vec<CertificateDer<'_>> =
+        CertificateDer::pem_slice_iter(authorities.as_bytes()).collect::<Result<_, _>>()?;
+    let chain: Vec<CertificateDer<'_>> = CertificateDer::pem_file_iter(chain)?.collect::<Result<_, _>>()?;
+    let (leaf, intermediates) = chain.split_first().context("the chain has no certificate")?;
+    let verifier = Verifier::new_with_extra_roots(roots, Arc::new(ring::default_provider()))?;
+    let Err(error) = verifier.verify_server_cert(leaf, intermediates, &name, &[], UnixTime::now()) else {
+        return Ok(None);
+    };
+    let why = match error {
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+            "its issuer is not known on this machine; name the authority's certificate with --local-agent-ca".to_owned()
+        }
+        rustls::Error::InvalidCertificate(
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+        ) => format!("it is not for {host}; name the address that it is for with --public-url"),
+        rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+            "it has expired; renew it".to_owned()
+        }
+        other => other.to_string(),
+    };
+    Ok(Some(format!("no weaver becomes ready, because its agent does not accept the server's certificate: {why}")))
+}

@@ -12,9 +12,9 @@ use crate::weaver::Event;
 
 /// The most events that one request is given.
 const MAX_EVENTS_READ: i64 = 10_000;
-/// The most events of a weaver that its life's transitions did not write: an agent that reconnects for ever, or a
-/// reason that changes for ever, must not fill the disk.
-const MAX_EVENTS: i64 = 1_000;
+/// The most events of one kind that a weaver has, besides those that its life's transitions write: an agent that
+/// reconnects forever must not fill the disk, nor keep the warning out that the weaver is about to end.
+const MAX_OF_KIND: i64 = 500;
 
 impl Store {
     /// Writes an event that no transition of the weaver's life wrote; whether there was room for one more.
@@ -23,11 +23,12 @@ impl Store {
             return Ok(false);
         }
         let mut transaction = self.begin_write().await?;
-        let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM events WHERE weaver_id = ?")
+        let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM events WHERE weaver_id = ? AND kind = ?")
             .bind(weaver.to_string())
+            .bind(kind_text(event.kind)?)
             .fetch_one(&mut *transaction)
             .await?;
-        if count >= MAX_EVENTS {
+        if count >= MAX_OF_KIND {
             return Ok(false);
         }
         insert_event(&mut transaction, weaver, event).await?;
@@ -60,15 +61,22 @@ pub(super) async fn insert_event(
     weaver: WeaverId,
     event: &Event,
 ) -> sqlx::Result<()> {
-    let kind = serde_json::to_value(event.kind).map_err(|error| sqlx::Error::Encode(error.into()))?;
     sqlx::query("INSERT INTO events (weaver_id, at, kind, message) VALUES (?, ?, ?, ?)")
         .bind(weaver.to_string())
         .bind(millis(Timestamp::now()))
-        .bind(kind.as_str().unwrap_or("unknown"))
+        .bind(kind_text(event.kind)?)
         .bind(&event.message)
         .execute(&mut **transaction)
         .await
         .map(drop)
+}
+
+/// A kind as the database and the API have it.
+fn kind_text(kind: EventKind) -> sqlx::Result<String> {
+    match serde_json::to_value(kind) {
+        Ok(serde_json::Value::String(text)) => Ok(text),
+        other => Err(sqlx::Error::Encode(format!("{kind:?} is written as {other:?}").into())),
+    }
 }
 
 #[cfg(test)]
@@ -84,12 +92,14 @@ mod tests {
         let (_directory, store) = temporary().await;
         let id = added(&store, user(&store).await, None).await.id;
         let event = Event::new(EventKind::AgentConnected, "again");
-        for _ in 1..MAX_EVENTS {
+        for _ in 0..MAX_OF_KIND {
             assert!(store.add_event(id, &event).await.expect("written"));
         }
         assert!(!store.add_event(id, &event).await.expect("full"));
+        let warning = Event::new(EventKind::Expiring, "soon");
+        assert!(store.add_event(id, &warning).await.expect("written"), "another kind has room");
         end(&store, id, Timestamp::now()).await;
-        let last = store.events(id, MAX_EVENTS).await.expect("read").pop().expect("one more");
+        let last = store.events(id, 0).await.expect("read").pop().expect("one more");
         assert_eq!(last.kind, EventKind::Exited);
     }
 }

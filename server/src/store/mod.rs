@@ -78,6 +78,9 @@ impl Store {
             .connect_with(options.clone())
             .await?;
         MIGRATIONS.run(&writer).await.context("the database's schema; was it written by a newer server?")?;
+        if let Err(error) = vacuum_when_due(&writer).await {
+            tracing::warn!("secrets that were deleted are still in the database's file, until the next start: {error}");
+        }
         let network = network(&writer).await?;
         let reader =
             SqlitePoolOptions::new().max_connections(READERS).connect_with(options.pragma("query_only", "ON")).await?;
@@ -141,6 +144,19 @@ impl Store {
         octets[8..].copy_from_slice(&digest.as_ref()[..8]);
         Ipv6Addr::from(octets)
     }
+}
+
+/// Rewrites the file after a migration that deleted secrets: until then they stand in its free space.
+async fn vacuum_when_due(writer: &SqlitePool) -> sqlx::Result<()> {
+    let is_due: bool =
+        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM settings WHERE name = 'vacuum')").fetch_one(writer).await?;
+    if is_due {
+        sqlx::query("VACUUM").execute(writer).await?;
+        sqlx::query("DELETE FROM settings WHERE name = 'vacuum'").execute(writer).await?;
+        // The journal is cut off: it had the old pages.
+        sqlx::query("PRAGMA wal_checkpoint (TRUNCATE)").execute(writer).await?;
+    }
+    Ok(())
 }
 
 async fn network(pool: &SqlitePool) -> Result<Ipv6Network> {
@@ -231,6 +247,90 @@ pub(crate) mod tests {
         for result in clients.join_all().await {
             result.expect("no client fails");
         }
+    }
+
+    /// A database as the server left it before migration 7, with a weaver of each of these repositories. Its messages
+    /// quote the repository's URL.
+    async fn of_migration_6(path: &Path, repositories: &[&str]) {
+        let options = SqliteConnectOptions::new().filename(path).create_if_missing(true);
+        let pool = SqlitePoolOptions::new()
+            .max_connections(1)
+            .connect_with(options.journal_mode(SqliteJournalMode::Wal))
+            .await
+            .expect("opens");
+        MIGRATIONS.run_to(6, &pool).await.expect("migrated");
+        let mut statements = vec![
+            "INSERT INTO users (id, name, created_at) VALUES ('u', 'ada', 0)".to_owned(),
+            "INSERT INTO organisations (id, name, created_at) VALUES ('o', 'ada', 0)".to_owned(),
+        ];
+        for (number, repository) in repositories.iter().enumerate() {
+            statements.push(format!(
+                "INSERT INTO weavers (id, org_id, owner_id, image, repo, cpu_millicores, memory_mb, created_at, \
+                 expires_at, status, reason, address) VALUES ('{number}', 'o', 'u', 'a', '{repository}', 1, 1, 0, 0, \
+                 'Failed', '{repository}: no', '{number}')"
+            ));
+            statements.push(format!(
+                "INSERT INTO events (weaver_id, at, kind, message) VALUES ('{number}', 0, 'failed', 'see {repository}')"
+            ));
+            statements.push(format!("INSERT INTO idempotency_keys VALUES ('u', '{number}', 'hash', '{number}', 0)"));
+            // Longer now: the old row goes to the free space.
+            statements.push(format!("UPDATE weavers SET image = '{}' WHERE id = '{number}'", "a".repeat(2000)));
+        }
+        for statement in statements {
+            sqlx::query(sqlx::AssertSqlSafe(statement)).execute(&pool).await.expect("executed");
+        }
+        pool.close().await;
+    }
+
+    #[tokio::test]
+    async fn credentials_in_urls_from_before_they_were_refused_leave_the_database_and_its_file() {
+        let cases = [
+            ("https://ada:s3cret@host/team/project", "https://host/team/project"),
+            ("https://s3cret-token-of-a-user@host:8443/x", "https://host:8443/x"),
+            ("http://ada:s3cret@[::1]:8443/x", "http://[::1]:8443/x"),
+            ("https://ada:s3cret/s3cret@host/x", "https://host/x"),
+            ("https://ada:s3cret#s3cret?@host/x", "https://host/x"),
+            (r"https://ada:s3cret\s3cret@host/x", "https://host/x"),
+            ("https://ada:s3cret@s3cret@host/x", "https://host/x"),
+            ("https://ada%3As3cret%40host/x", "https://removed"),
+            ("git://[::1]s3cret/x", "git://removed"),
+            // None of these has any.
+            ("https://host:8443/@team/project@v1?at=a@b", "https://host:8443/@team/project@v1?at=a@b"),
+            ("https://[::1]:8443/x", "https://[::1]:8443/x"),
+            ("https://[::1]/x", "https://[::1]/x"),
+            ("git://host", "git://host"),
+            ("file:///srv/git/a@b", "file:///srv/git/a@b"),
+        ];
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("loom.db");
+        of_migration_6(&path, &cases.map(|(before, _)| before)).await;
+        let holds_secret = || {
+            let files =
+                fs::read_dir(directory.path()).expect("a directory").map(|entry| entry.expect("an entry").path());
+            let mut contents = files.map(|file| fs::read(file).expect("read"));
+            contents.any(|content| content.windows(6).any(|window| window == b"s3cret"))
+        };
+        assert!(holds_secret(), "there is something to remove");
+
+        let store = Store::open(&path).await.expect("opens");
+        for (number, (before, after)) in cases.iter().enumerate() {
+            let (repo, reason, message): (String, String, String) = sqlx::query_as(
+                "SELECT repo, reason, message FROM weavers JOIN events ON weaver_id = weavers.id WHERE weavers.id = ?",
+            )
+            .bind(number.to_string())
+            .fetch_one(store.reader())
+            .await
+            .expect("a row");
+            assert_eq!(repo, *after, "{before}");
+            assert_eq!((reason, message), (format!("{after}: no"), format!("see {after}")), "{before}");
+        }
+        let keys: i64 =
+            sqlx::query_scalar("SELECT COUNT(*) FROM idempotency_keys").fetch_one(store.reader()).await.expect("read");
+        assert_eq!(keys, 5, "those of requests without a secret");
+        assert!(!holds_secret(), "the file still holds it while the server runs");
+        store.close().await;
+        Store::open(&path).await.expect("opens again").close().await;
+        assert!(!holds_secret());
     }
 
     #[tokio::test]

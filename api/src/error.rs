@@ -39,6 +39,8 @@ pub enum ErrorCode {
     TooManyWeavers,
     /// The user has reached the limit of tokens.
     TooManyTokens,
+    /// The user has reached the limit of devices, or the weaver or the user that of devices admitted to weavers.
+    TooManyDevices,
     /// The user or the organisation has reached its limit of connections of this kind.
     TooManyConnections,
     /// Too many requests came from the client's address.
@@ -86,7 +88,11 @@ impl ErrorCode {
             Self::WeaverGone => 410,
             Self::PayloadTooLarge => 413,
             Self::ImageUnavailable => 422,
-            Self::TooManyWeavers | Self::TooManyTokens | Self::TooManyConnections | Self::TooManyRequests => 429,
+            Self::TooManyWeavers
+            | Self::TooManyTokens
+            | Self::TooManyDevices
+            | Self::TooManyConnections
+            | Self::TooManyRequests => 429,
             Self::Internal | Self::Unknown => 500,
             Self::KubernetesError => 502,
             Self::Unavailable => 503,

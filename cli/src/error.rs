@@ -41,7 +41,10 @@ impl Exit {
             ErrorCode::WeaverNotFound => Self::NO_SUCH_WEAVER,
             ErrorCode::WeaverGone => Self::GONE,
             ErrorCode::AgentUnreachable | ErrorCode::ExpiredToken => Self::TIMED_OUT,
-            ErrorCode::TooManyWeavers | ErrorCode::TooManyTokens | ErrorCode::TooManyConnections => Self::OVER_LIMIT,
+            ErrorCode::TooManyWeavers
+            | ErrorCode::TooManyTokens
+            | ErrorCode::TooManyDevices
+            | ErrorCode::TooManyConnections => Self::OVER_LIMIT,
             _ => Self::FAILURE,
         }
     }

@@ -71,7 +71,7 @@ impl From<KeyError> for Problem {
                 .hint("answer the challenge of GET /api/wireguard/challenge"),
             KeyError::NotEntitled => Self::new(ErrorCode::Unauthorized, error.to_string()).hint("log in: loom login"),
             KeyError::TooManyDevices | KeyError::TooManyGrants => {
-                Self::new(ErrorCode::TooManyWeavers, error.to_string()).hint("those that are not used are forgotten")
+                Self::new(ErrorCode::TooManyDevices, error.to_string()).hint("those that are not used are forgotten")
             }
             KeyError::NotReachable(Some(weaver)) if weaver.has_ended() => Self::gone(&weaver),
             KeyError::NotReachable(_) => {

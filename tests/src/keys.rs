@@ -1,7 +1,7 @@
 //! WireGuard keys of the tests' own, and the proof of who holds them, as another program than ours would make it from
 //! `docs/protocols.md`.
 
-use std::{fs::File, io::Read as _};
+use std::{collections::BTreeMap, fs::File, io::Read as _};
 
 use anyhow::{Context as _, Result};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -84,5 +84,33 @@ impl System {
     /// When there is no answer at all.
     pub fn open_tunnel_with(&self, token: &str, weaver: &Weaver, body: &Value) -> Result<Answer> {
         self.request(Some(token), "POST", &format!("/api/weavers/{}/tunnel", weaver.id), Some(&body.to_string()))
+    }
+
+    /// The same for many devices, several at a time, each with its owner's token; how many answers there were of each
+    /// HTTP status.
+    ///
+    /// # Errors
+    ///
+    /// When one has no answer at all.
+    pub fn open_tunnels(
+        &self,
+        weaver: &Weaver,
+        devices: &[(&str, &KeyPair)],
+        candidates: &[String],
+    ) -> Result<BTreeMap<u16, usize>> {
+        let mut answers = BTreeMap::new();
+        // A challenge may be answered for a minute.
+        for some in devices.chunks(1000) {
+            let challenge = self.key_challenge()?;
+            let requests = some.iter().map(|(token, device)| {
+                let proof = device.answer(&challenge)?;
+                let body = json!({"public_key": device.public(), "proof": proof, "candidates": candidates});
+                Ok((*token, "POST", format!("/api/weavers/{}/tunnel", weaver.id), body.to_string()))
+            });
+            for (status, count) in self.request_all(&requests.collect::<Result<Vec<_>>>()?)? {
+                *answers.entry(status).or_default() += count;
+            }
+        }
+        Ok(answers)
     }
 }

@@ -20,6 +20,7 @@ pub mod namespace;
 pub mod postgres;
 pub mod processes;
 pub mod service;
+pub mod sidecar;
 pub mod strangers;
 pub mod system;
 pub mod terminal;

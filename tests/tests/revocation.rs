@@ -2,19 +2,30 @@
 //! suspended or removed, a membership ended.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Write as _,
     net::TcpStream,
     os::unix::fs::DirBuilderExt as _,
     process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use loom_tests::{System, Weaver, api::UPGRADE, eventually, processes, system::PATIENCE};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use loom_tests::{
+    System, Weaver,
+    api::{self, UPGRADE},
+    eventually,
+    keys::KeyPair,
+    processes,
+    system::{PATIENCE, free_port},
+};
 use rustix::process::Signal;
 use serde_json::json;
-use tungstenite::WebSocket;
+use tungstenite::{Message, WebSocket};
 
 /// The product says a second; the rest is the machine's.
 const SOON: Duration = Duration::from_secs(2);
@@ -235,6 +246,107 @@ fn an_ended_membership_shuts_out_of_the_organisations_weavers() -> Result<()> {
     let me = colleague.system.request(Some(&colleague.login), "GET", "/api/me", None)?;
     assert_eq!(me.status, 200, "the token is still good");
     Ok(())
+}
+
+#[test]
+fn revoked_devices_stay_revoked_while_others_are_admitted() -> Result<()> {
+    const MANY: usize = 250;
+    let metrics = format!("127.0.0.1:{}", free_port()?);
+    let system = System::start_with(&[("LOOM_SERVER_METRICS_LISTEN", &metrics)])?;
+    let (weaver, other) = (system.new_weaver(&[])?, system.new_weaver(&[])?);
+    let token = system.admin_token()?;
+    let keys = |count: usize| (0..count).map(|_| KeyPair::generate()).collect::<Result<Vec<_>>>();
+    let (devices, staying) = (keys(MANY)?, keys(4)?);
+    let all: Vec<_> = devices.iter().chain(&staying).map(|device| (token.as_str(), device)).collect();
+    assert_eq!(system.open_tunnels(&weaver, &all, &[])?, [(200, MANY + 4)].into());
+
+    let revoked = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let clients: Vec<_> = staying
+            .iter()
+            .map(|device| {
+                scope.spawn(|| -> Result<usize> {
+                    let mut opened = 0;
+                    while !revoked.load(Ordering::Relaxed) {
+                        let answer = system.open_tunnel(&token, &weaver, device)?;
+                        ensure!(answer.status == 200, "{answer:?}");
+                        opened += 1;
+                    }
+                    Ok(opened)
+                })
+            })
+            .collect();
+        let revoking = devices.iter().try_for_each(|device| {
+            let answer = system.request(Some(&token), "DELETE", &format!("/api/devices/{}", device.in_url()), None)?;
+            ensure!(answer.status == 204, "{answer:?}");
+            Ok(())
+        });
+        revoked.store(true, Ordering::Relaxed);
+        for client in clients {
+            let opened = client.join().map_err(|_| anyhow::anyhow!("a client"))??;
+            ensure!(opened > 10, "only {opened} tunnels were opened at the same time");
+        }
+        revoking
+    })?;
+
+    // On the relay, without a place of theirs and without a word to the agent.
+    for device in &devices {
+        let path = format!("/api/relay?key={}", device.in_url());
+        let answer = system.request_with(Some(&token), "GET", &path, None, &UPGRADE)?;
+        assert_eq!((answer.status, answer.code()), (403, "forbidden"));
+    }
+    let agent_of = |weaver| -> Result<Vec<u8>> {
+        let answer = system.open_tunnel(&token, weaver, &staying[0])?;
+        Ok(STANDARD.decode(answer.body["peer_key"].as_str().context("the agent's key")?)?)
+    };
+    let (agent, others_agent) = (agent_of(&weaver)?, agent_of(&other)?);
+    let again: Vec<_> = devices.iter().map(|device| (token.as_str(), device)).collect();
+    assert_eq!(system.open_tunnels(&other, &again, &[])?, [(200, MANY)].into());
+    let forwarded = || -> Result<usize> {
+        let text = api::metrics(&metrics)?;
+        let line = text.lines().find_map(|line| line.strip_prefix("loom_relay_bytes_total "));
+        Ok(line.context("the relay's bytes")?.trim().parse()?)
+    };
+    let before = forwarded()?;
+    let (large, small) = (relay_frame(&agent, 1000), relay_frame(&others_agent, 1));
+    let mut open = Vec::new();
+    for device in &devices {
+        let path = format!("/api/relay?key={}", device.in_url());
+        let mut place = system.web_socket(&token, &path, Some("loom.relay.v1"))?;
+        for frame in [&large, &small] {
+            place.send(Message::binary(frame.clone()))?;
+        }
+        open.push(place);
+    }
+    let wanted = before + MANY * small.len();
+    eventually(
+        "what is for the other weaver to be forwarded",
+        PATIENCE,
+        || Ok((forwarded()? >= wanted).then_some(())),
+    )?;
+    assert_eq!(forwarded()?, wanted, "something was forwarded to the weaver that they must not reach");
+    let path = format!("/api/relay?key={}", staying[0].in_url());
+    system.web_socket(&token, &path, Some("loom.relay.v1"))?.send(Message::binary(large.clone()))?;
+    let wanted = wanted + large.len();
+    eventually("what may be sent to be forwarded", PATIENCE, || Ok((forwarded()? == wanted).then_some(())))?;
+
+    // In the agent, also in one that asks anew.
+    let wanted: BTreeSet<_> = staying.iter().map(KeyPair::public).collect();
+    let only_the_others = || {
+        eventually("only the others to be admitted", PATIENCE, || {
+            Ok((system.admitted_devices(&weaver)? == wanted).then_some(()))
+        })
+    };
+    only_the_others()?;
+    system.restart_sidecar(&weaver)?;
+    only_the_others()?;
+    drop(open);
+    system.stop()
+}
+
+/// A frame for the relay with one packet of `length` bytes (docs/protocols.md).
+fn relay_frame(to: &[u8], length: u16) -> Vec<u8> {
+    [&[1, 1], to, &length.to_be_bytes(), &vec![0xff; length.into()]].concat()
 }
 
 #[test]

@@ -22,6 +22,8 @@ mod directory;
 mod namespaces;
 mod rootfs;
 pub mod supervisor;
+#[cfg(test)]
+mod tests;
 mod trust;
 
 use std::{
@@ -150,6 +152,19 @@ impl Local {
         Ok(local)
     }
 
+    /// What a weaver's supervisor is to run, as this user.
+    fn spec(&self, weaver: WeaverId, uid: Option<u32>) -> LocalSpec {
+        LocalSpec {
+            weaver,
+            server_url: self.server_url.clone(),
+            server_authorities: self.server_authorities.clone(),
+            uid,
+            isolated_network: self.isolated_network,
+            udp: self.udp,
+            repositories: self.repositories.clone(),
+        }
+    }
+
     /// Starts the supervisor. It is in a session of its own and is not waited for: the server may end before it.
     async fn spawn(&self, New { directory, lock }: New) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join("pod.log"))?;
@@ -268,16 +283,9 @@ impl Provisioner for Local {
         if directory.join("status.json").exists() || Supervisor::find(&directory)?.is_some() {
             return Ok(self.watch(spec.weaver)?);
         }
-        let new = self.directories.make(spec.weaver, |uid| LocalSpec {
-            weaver: spec.weaver,
-            server_url: self.server_url.clone(),
-            server_authorities: self.server_authorities.clone(),
-            uid,
-            isolated_network: self.isolated_network,
-            udp: self.udp,
-            repositories: self.repositories.clone(),
-        })?;
+        let new = self.directories.make(spec.weaver, |uid| self.spec(spec.weaver, uid))?;
         self.spawn(new).await?;
+        self.phases.lock().insert(spec.weaver, PodPhase::Pending);
         Ok(self.watch(spec.weaver)?)
     }
 
@@ -308,8 +316,10 @@ impl Provisioner for Local {
         let mut phases = self.phases.lock();
         let phase = phases.get_mut(&weaver)?;
         // Nobody tells that the processes have been started. Their end is told, and then the reconciler looks.
-        if *phase == PodPhase::Pending {
-            *phase = self.look(weaver).ok()??.phase;
+        if *phase == PodPhase::Pending
+            && let Ok(seen) = self.look(weaver)
+        {
+            *phase = seen?.phase;
         }
         Some(PodInfo { phase: Some(format!("{phase:?}")), ..PodInfo::default() })
     }

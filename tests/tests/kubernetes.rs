@@ -3,6 +3,8 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader, ErrorKind, Write as _},
+    net::TcpListener,
     time::{Duration, Instant},
 };
 
@@ -95,6 +97,84 @@ fn an_image_behind_a_password_needs_the_pull_secret_and_one_without_a_program_a_
     let weaver = system.new_weaver(&["--image", &image, "--", "/busybox", "sleep", "1000"])?;
     assert_eq!(system.run(&["exec", &weaver.id, "--", "/busybox", "echo", "in"])?, "in\n");
     system.stop()
+}
+
+/// The longest that a server looks for an image, and some for what is around that.
+const LOOK_UP: Duration = Duration::from_secs(20 + 5);
+/// Plenty for an image that is refused at once, retries included.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+/// A system that may ask these registries of the machine over plain HTTP, beside the cluster's.
+fn listing(registries: &[&TcpListener]) -> Result<System> {
+    let mut listed = vec![registry::OPEN.to_owned(), registry::PRIVATE.to_owned()];
+    for registry in registries {
+        listed.push(registry.local_addr()?.to_string());
+    }
+    System::start_on_kubernetes(&[("LOOM_SERVER_KUBERNETES_PLAIN_HTTP_REGISTRIES", &listed.join(","))])
+}
+
+/// What `loom new` says of an image that cannot be had, and how long it takes.
+fn refusal(system: &System, registry: &TcpListener) -> Result<(String, Duration)> {
+    let image = format!("{}/team/app:1", registry.local_addr()?);
+    let start = Instant::now();
+    let output = system.output(&["new", "--no-attach", "--image", &image])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    Ok((said, start.elapsed()))
+}
+
+#[test]
+fn a_registry_that_does_not_answer_is_given_up_after_a_while() -> Result<()> {
+    // Connections are made, and nobody takes them.
+    let silent = TcpListener::bind("127.0.0.1:0")?;
+    let system = listing(&[&silent])?;
+    let (said, elapsed) = refusal(&system, &silent)?;
+    assert!(said.contains("cannot be reached: it does not answer"), "{said}");
+    assert!(elapsed < LOOK_UP, "it took {elapsed:?}");
+    system.stop()
+}
+
+#[test]
+fn a_registry_in_the_servers_network_is_not_asked_unless_the_operator_lists_it() -> Result<()> {
+    let unlisted = TcpListener::bind("127.0.0.1:0")?;
+    unlisted.set_nonblocking(true)?;
+    let system = listing(&[])?;
+    let (said, elapsed) = refusal(&system, &unlisted)?;
+    assert!(said.contains("no public address") && said.contains("kubernetes-private-registries"), "{said}");
+    assert!(elapsed < AT_ONCE, "it took {elapsed:?}");
+    let asked = unlisted.accept().err().map(|error| error.kind());
+    assert_eq!(asked, Some(ErrorKind::WouldBlock), "somebody connected");
+    system.stop()
+}
+
+#[test]
+fn a_registry_that_leads_into_the_servers_network_is_not_followed() -> Result<()> {
+    for answer in [
+        "307 Temporary Redirect\r\nLocation: https://169.254.169.254/latest/meta-data/",
+        "307 Temporary Redirect\r\nLocation: http://169.254.169.254/latest/meta-data/",
+        "401 Unauthorized\r\nWWW-Authenticate: Bearer realm=\"https://169.254.169.254/token\",service=\"r\"",
+    ] {
+        let leading = TcpListener::bind("127.0.0.1:0")?;
+        let connections = leading.try_clone()?;
+        // Ends with the test's process.
+        std::thread::spawn(move || {
+            for mut stream in connections.incoming().flatten() {
+                let Ok(input) = stream.try_clone() else { continue };
+                // The request's head, to its empty line.
+                let head = BufReader::new(input).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+                head.for_each(drop);
+                let answer = format!("HTTP/1.1 {answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+                // Who asked may have gone.
+                let _ = stream.write_all(answer.as_bytes());
+            }
+        });
+        let system = listing(&[&leading])?;
+        let (said, elapsed) = refusal(&system, &leading)?;
+        assert!(said.contains("refers to a server without HTTPS or without a public address"), "{answer}: {said}");
+        assert!(!said.contains("169.254") && elapsed < AT_ONCE, "{answer}: {elapsed:?}, {said}");
+        system.stop()?;
+    }
+    Ok(())
 }
 
 #[test]

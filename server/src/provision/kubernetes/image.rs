@@ -33,16 +33,24 @@ pub(super) struct Images {
     secrets: Api<Secret>,
     pull_secrets: Vec<String>,
     registry: Registry,
+    one_try: Duration,
+    all_tries: Duration,
     /// The program of each image that was read, by digest: a digest never changes its meaning.
     commands: Mutex<HashMap<String, Vec<String>>>,
 }
 
 impl Images {
     pub(super) fn new(client: kube::Client, config: &Config) -> Result<Self> {
+        Self::with_patience(client, config, TRY, ALL_TRIES)
+    }
+
+    fn with_patience(client: kube::Client, config: &Config, one_try: Duration, all_tries: Duration) -> Result<Self> {
         Ok(Self {
             secrets: Api::namespaced(client, &config.namespace),
             pull_secrets: config.pull_secrets.clone(),
-            registry: Registry::new(&config.plain_http_registries, &config.private_registries, TRY)?,
+            registry: Registry::new(&config.plain_http_registries, &config.private_registries, one_try)?,
+            one_try,
+            all_tries,
             commands: Mutex::default(),
         })
     }
@@ -59,7 +67,7 @@ impl Images {
         let tries = async {
             let mut pauses = PAUSES.into_iter();
             loop {
-                last = match timeout(TRY, self.read(&reference, credentials.clone())).await {
+                last = match timeout(self.one_try, self.read(&reference, credentials.clone())).await {
                     Ok(Ok(resolved)) => return Some(resolved),
                     Ok(Err(error)) if error.is_final() => {
                         last = error;
@@ -71,7 +79,7 @@ impl Images {
                 tokio::time::sleep(pauses.next()?).await;
             }
         };
-        let resolved = timeout(ALL_TRIES, tries).await.ok().flatten();
+        let resolved = timeout(self.all_tries, tries).await.ok().flatten();
         resolved.ok_or_else(|| refused(image, &last))
     }
 
@@ -162,7 +170,33 @@ impl DockerConfig {
 
 #[cfg(test)]
 mod tests {
+    use std::{net::TcpListener, time::Instant};
+
+    use axum::http::{Request, Response};
+    use kube::client::Body;
+
     use super::*;
+    use crate::provision::kubernetes::pod;
+
+    #[tokio::test]
+    async fn all_tries_together_end_in_time_and_say_that_nobody_answered() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        // Connections are made, and nobody takes them.
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let registry = silent.local_addr().unwrap().to_string();
+        let plain_http_registries = vec![registry.parse().unwrap()];
+        let config = Config { plain_http_registries, pull_secrets: Vec::new(), ..pod::tests::config() };
+        let cluster = tower::service_fn(|_: Request<Body>| async {
+            Err::<Response<Body>, _>(std::io::Error::other("the cluster is not asked"))
+        });
+        let (one_try, all_tries) = (Duration::from_millis(400), Duration::from_millis(600));
+        let images = Images::with_patience(kube::Client::new(cluster, "weavers"), &config, one_try, all_tries).unwrap();
+        let start = Instant::now();
+        let error = images.resolve(&format!("{registry}/team/app:1")).await.unwrap_err().to_string();
+        assert!(error.contains("cannot be reached: it does not answer"), "{error}");
+        // Three tries with their pauses take 2.7 s.
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    }
 
     #[test]
     fn pull_secrets_are_found_by_registry() {

@@ -270,10 +270,10 @@ fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn config() -> Config {
+    pub(in crate::provision::kubernetes) fn config() -> Config {
         Config {
             namespace: "loom-weavers".to_owned(),
             agent_image: "loom.test/agent:1".to_owned(),

@@ -1,4 +1,4 @@
-//! `install DIR`: the binary copies itself to where the user's container finds it.
+//! `install DIR`: copies the binary to where the user's container finds it.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -9,8 +9,7 @@ use std::{
 
 use anyhow::Context as _;
 
-/// Copies the running executable to `DIR/loom-agent`, so that at every instant the name is absent, the old file or the
-/// whole new one.
+/// Copies the running executable to `DIR/loom-agent` atomically.
 ///
 /// # Errors
 ///
@@ -20,11 +19,11 @@ pub fn install(directory: &Path) -> anyhow::Result<()> {
     let temporary = directory.join(format!(".loom-agent.{}", std::process::id()));
     let result = copy(&temporary).and_then(|()| fs::rename(&temporary, &target));
     if result.is_err() {
-        // The first error is the one to tell; a temporary file that was never made cannot be removed either.
+        // Report the first error; this one may only mean that the temporary file was never created.
         let _ = fs::remove_file(&temporary);
     }
     result.with_context(|| format!("cannot install the agent as {}", target.display()))?;
-    // The rename itself lasts only once the directory is written.
+    // Makes the rename durable.
     File::open(directory).and_then(|directory| directory.sync_all()).context("cannot flush the directory")
 }
 
@@ -32,7 +31,7 @@ fn copy(temporary: &Path) -> io::Result<()> {
     let mut source = File::open("/proc/self/exe")?;
     let mut target = OpenOptions::new().write(true).create_new(true).mode(0o755).open(temporary)?;
     io::copy(&mut source, &mut target)?;
-    // Not left to the umask: whoever runs the container must be able to execute it.
+    // Independent of the umask: any user of the container must be able to execute it.
     target.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     target.sync_all()
 }

@@ -14,13 +14,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Connects the weaver to the server and to its users; holds the credentials.
+    /// Connects the weaver to the server and its users; has the credentials.
     Sidecar,
-    /// Starts, reaps and owns the user's processes; PID 1 of their container.
+    /// Runs the user's processes, as PID 1 of their container.
     Host,
     /// Copies this binary to DIR/loom-agent, atomically.
     Install {
-        /// The directory; it must exist.
+        /// An existing directory.
         dir: PathBuf,
     },
     /// Serves SFTP on standard input and output.

@@ -1,4 +1,4 @@
-//! A reply together with an open file, over a unix socket (`SCM_RIGHTS`, unix(7)).
+//! Passes a reply together with an open file over a unix socket (`SCM_RIGHTS`, unix(7)).
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -15,10 +15,6 @@ use tokio::{io::Interest, net::UnixStream};
 use crate::protocol::{MAX_MESSAGE, Reply, encode_message};
 
 /// Sends a reply, with a descriptor if there is one.
-///
-/// # Errors
-///
-/// The connection's own.
 pub(crate) async fn send(stream: &UnixStream, reply: &Reply, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let bytes = encode_message(reply)?;
     let mut sent = 0;
@@ -39,11 +35,7 @@ pub(crate) async fn send(stream: &UnixStream, reply: &Reply, descriptor: Option<
     Ok(())
 }
 
-/// Receives a reply's JSON, and the descriptor that came with it.
-///
-/// # Errors
-///
-/// The connection's own, `UnexpectedEof` when it ends before the reply does, `InvalidData` when the reply is too long.
+/// Receives a reply's JSON and the descriptor that comes with it.
 pub(crate) async fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
     let mut descriptor = None;
     let mut prefix = [0; 4];

@@ -1,11 +1,10 @@
-//! Who the user is, from `/etc/passwd` alone: a static binary has no NSS, and an image may have no such file at all.
+//! The user's entry in `/etc/passwd`. A static binary has no NSS, and an image may not have the file.
 
 use std::{fs, io::Read as _};
 
-/// The largest `/etc/passwd` that is read, in bytes.
+/// In bytes; the rest of a larger file is ignored.
 const MAX_SIZE: u64 = 1 << 20;
 
-/// The entry of one user (passwd(5)).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Account {
     pub(super) name: String,
@@ -14,7 +13,7 @@ pub(super) struct Account {
 }
 
 impl Account {
-    /// The entry of the user with this number, if the image has one.
+    /// The entry of the user with this id (passwd(5)), if the image has one.
     pub(super) fn of(uid: u32) -> Option<Self> {
         let mut text = Vec::new();
         fs::File::open("/etc/passwd").ok()?.take(MAX_SIZE).read_to_end(&mut text).ok()?;

@@ -1,8 +1,8 @@
-//! The table of processes that somebody waits for, and the one place that reaps.
+//! The table of child processes, and the only place that reaps.
 //!
 //! PID 1 inherits every orphan, so there is a single `waitpid(-1)` loop, run at every `SIGCHLD`, and no other wait in
-//! the process. The table's lock is held over each spawn: a child that ends at once is reaped only after it stands in
-//! the table, and the standard library's own wait for a child whose exec failed cannot meet ours.
+//! the process. The table's lock is held during each spawn: a child that exits at once is reaped only after it is in the
+//! table, and the standard library's wait for a child whose exec failed cannot race with ours.
 
 use std::{collections::HashMap, io, process::Command};
 
@@ -15,27 +15,23 @@ use tokio::sync::oneshot;
 
 use crate::protocol::ExitStatus;
 
-/// The processes that were spawned here and not reaped yet.
+/// The processes that were spawned and not reaped yet.
 #[derive(Debug, Default)]
 pub(super) struct Children {
     alive: Mutex<HashMap<Pid, oneshot::Sender<ExitStatus>>>,
 }
 
-/// A process that was spawned. It leads a session and a process group of its own.
+/// A spawned process. It leads a session and a process group of its own.
 #[derive(Debug)]
 pub(super) struct Child {
-    /// The process's id, which is also its group's.
+    /// Also the id of its process group.
     pub(super) pid: Pid,
-    /// How it ended; given once, when it was reaped.
+    /// Resolves when the process was reaped.
     pub(super) exit: oneshot::Receiver<ExitStatus>,
 }
 
 impl Children {
-    /// Spawns a process and puts it into the table.
-    ///
-    /// # Errors
-    ///
-    /// Those of fork and exec.
+    /// Spawns a process and adds it to the table.
     pub(super) fn spawn(&self, command: &mut Command) -> io::Result<Child> {
         let mut alive = self.lock();
         let child = command.spawn()?;
@@ -45,14 +41,14 @@ impl Children {
         Ok(Child { pid, exit })
     }
 
-    /// Reaps everything that has ended, ours and orphans.
+    /// Reaps all processes that have ended, including orphans.
     pub(super) fn reap(&self) {
         let mut alive = self.lock();
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => {
                     if let Some(waiting) = alive.remove(&pid) {
-                        // Nobody may be waiting any more: a session that was hung up on.
+                        // The receiver is gone if the session's client has disconnected.
                         let _ = waiting.send(exit_status(status));
                     }
                 }
@@ -62,15 +58,15 @@ impl Children {
         }
     }
 
-    /// Signals the process group of a process, unless the process was reaped: its number may be another's by then.
+    /// Signals a process's group, unless the process was reaped: its id may have been reused by then.
     pub(super) fn signal_group(&self, leader: Pid, signal: Signal) {
         if self.lock().contains_key(&leader) {
-            // The group may have died this instant.
+            // The group may have ended just now.
             let _ = kill_process_group(leader, signal);
         }
     }
 
-    /// Kills everything: as PID 1 every process there is, otherwise the groups of those in the table.
+    /// Kills everything: as PID 1 all processes, otherwise the groups of those in the table.
     pub(super) fn kill_all(&self) {
         if getpid() == Pid::INIT {
             // "Group 1" is kill(-1): every process but the caller itself (kill(2)).
@@ -87,7 +83,7 @@ impl Children {
     }
 }
 
-/// Signals with the names that SSH gives them (RFC 4254 §6.10), and the further ones without their `SIG`.
+/// Signals by their names in SSH (RFC 4254 §6.10), and others by their names without `SIG`.
 const SIGNALS: [(&str, Signal); 22] = [
     ("ABRT", Signal::ABORT),
     ("ALRM", Signal::ALARM),
@@ -113,7 +109,6 @@ const SIGNALS: [(&str, Signal); 22] = [
     ("XFSZ", Signal::XFSZ),
 ];
 
-/// The signal of that name.
 pub(super) fn signal_named(name: &str) -> Option<Signal> {
     SIGNALS.iter().find(|(known, _)| *known == name).map(|(_, signal)| *signal)
 }

@@ -1,4 +1,4 @@
-//! What a new process does between fork and exec. Unsafe, because only `pre_exec` can do it.
+//! What a new process does between fork and exec. This needs unsafe code: only `pre_exec` can do it.
 
 #![allow(unsafe_code)]
 
@@ -9,9 +9,8 @@ use rustix::process::{ioctl_tiocsctty, setsid};
 /// The highest signal number on Linux (signal(7)).
 const LAST_SIGNAL: libc::c_int = 64;
 
-/// Makes the command's process the leader of a session and process group of its own, with default signal handling and
-/// no descriptor but the standard three. With `terminal`, its standard input becomes the session's controlling
-/// terminal.
+/// Makes the command's process the leader of a new session and process group, with default signal handling and no
+/// descriptors but the standard three. With `terminal`, its standard input becomes the session's controlling terminal.
 pub(super) fn into_own_session(command: &mut Command, terminal: bool) {
     let prepare = move || -> io::Result<()> {
         setsid()?;
@@ -19,13 +18,12 @@ pub(super) fn into_own_session(command: &mut Command, terminal: bool) {
             ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
         for signal in 1..=LAST_SIGNAL {
-            // SAFETY: sets the default action of a signal number; for those that have none to set it fails and changes
-            // nothing.
+            // SAFETY: sets the default action of a signal; fails without effect for a number that allows none.
             unsafe { libc::signal(signal, libc::SIG_DFL) };
         }
-        // Marks rather than closes: the standard library's own pipe, which reports a failed exec, is among them. A
-        // kernel without the call leaves what the host's own parent forgot to mark; everything of ours is marked
-        // already. SAFETY: a system call on numbers only.
+        // Marks instead of closing them, because the standard library's pipe, which reports a failed exec, is among
+        // them. A kernel without the call leaves only descriptors that the host's parent did not mark; all of ours are
+        // marked already. SAFETY: a system call with numbers as arguments.
         let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
         Ok(())
     };

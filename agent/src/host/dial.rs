@@ -1,4 +1,4 @@
-//! Connecting to a port of the weaver, from inside its network.
+//! Connects to a port of the weaver, from inside its network.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -10,16 +10,16 @@ use tokio::{net::TcpStream, time::timeout};
 use super::ports;
 use crate::protocol::{Failure, FailureKind};
 
-/// How long one address may take: all of them are this machine's own.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// How many addresses besides loopback are tried.
-const MAX_OTHERS: usize = 4;
+/// For one address. They are all local.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Addresses tried besides loopback.
+const MAX_OTHER_ADDRESSES: usize = 4;
 
-/// Connects to `port`: `127.0.0.1`, `::1`, then the addresses that listen on it.
+/// Connects to `port` on `127.0.0.1`, on `::1`, then on the addresses that listen on it.
 ///
 /// # Errors
 ///
-/// [`FailureKind::PortRefused`] when none accepts.
+/// [`FailureKind::PortRefused`] when none of them accepts.
 pub(super) async fn dial(port: u16) -> Result<TcpStream, Failure> {
     let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
     for address in loopback {
@@ -29,7 +29,7 @@ pub(super) async fn dial(port: u16) -> Result<TcpStream, Failure> {
     }
     let listening = ports::addresses().into_iter().filter(|address| address.port() == port);
     let others = listening.filter(|address| !address.ip().is_unspecified() && !loopback.contains(&address.ip()));
-    for address in others.take(MAX_OTHERS) {
+    for address in others.take(MAX_OTHER_ADDRESSES) {
         if let Some(stream) = connect(address).await {
             return Ok(stream);
         }
@@ -38,5 +38,5 @@ pub(super) async fn dial(port: u16) -> Result<TcpStream, Failure> {
 }
 
 async fn connect(address: SocketAddr) -> Option<TcpStream> {
-    timeout(PATIENCE, TcpStream::connect(address)).await.ok()?.ok()
+    timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await.ok()?.ok()
 }

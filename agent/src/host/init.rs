@@ -1,4 +1,4 @@
-//! The life of the host, as PID 1 or as a subreaper: what it starts, which signals it passes on, and how it ends.
+//! The host's lifecycle, as PID 1 or as a subreaper: what it starts, which signals it forwards, and how it ends.
 
 use std::{ffi::OsString, io, path::Path, pin::pin, sync::Arc, time::Duration};
 
@@ -14,22 +14,22 @@ use tokio_util::task::TaskTracker;
 use super::{Host, socket};
 use crate::protocol::LINGER;
 
-/// How long after `SIGTERM` everything is killed.
-const GRACE: Duration = Duration::from_secs(10);
-/// How long the last words may take when the host was told to end: who told it mostly does not listen any more.
-const LINGER_WHEN_TOLD: Duration = Duration::from_millis(500);
-/// How often the listening ports are looked at, while somebody watches.
+/// Between `SIGTERM` and killing everything.
+const GRACE_PERIOD: Duration = Duration::from_secs(10);
+/// How long to wait for the exit to be reported when the host was told to stop: the sidecar is usually gone already.
+const LINGER_WHEN_STOPPED: Duration = Duration::from_millis(500);
+/// Between checks of the listening ports, while a client watches.
 const PORTS_INTERVAL: Duration = Duration::from_secs(1);
-/// The signals that are passed on to the main program's process group.
+/// The signals that are forwarded to the main program's process group.
 const FORWARDED: [Signal; 6] = [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT, Signal::USR1, Signal::USR2];
 
-/// Lives until the main program has ended and its last words are heard. Gives its exit code.
+/// Runs until the main program has ended and the sidecar knows it; returns its exit code.
 ///
 /// # Errors
 ///
 /// When the host cannot listen in `run_dir`, or not handle signals.
-pub(super) async fn live(run_dir: &Path, image: Vec<(OsString, OsString)>) -> anyhow::Result<u8> {
-    // Orphans come to PID 1 anyway; elsewhere they come to whoever says so.
+pub(super) async fn run(run_dir: &Path, image: Vec<(OsString, OsString)>) -> anyhow::Result<u8> {
+    // PID 1 inherits orphans anyway; any other process must ask for it.
     set_child_subreaper(Some(getpid())).context("cannot become the reaper of orphans")?;
     let (host, started) = Host::new(image);
     let host = Arc::new(host);
@@ -44,7 +44,7 @@ pub(super) async fn live(run_dir: &Path, image: Vec<(OsString, OsString)>) -> an
         let Ok(program) = started.await else {
             return std::future::pending().await;
         };
-        let main = host.main.borrow().clone().expect("it is set before the program is handed over");
+        let main = host.main.borrow().clone().expect("set before the program is handed over");
         (main.terminal.run(program).await, main)
     };
     let mut program = pin!(program);
@@ -55,25 +55,25 @@ pub(super) async fn live(run_dir: &Path, image: Vec<(OsString, OsString)>) -> an
             ended = &mut program => break ended,
             Some(signal) = signals.recv() => {
                 let Some(main) = host.main.borrow().clone() else {
-                    tracing::info!(signal = signal.as_raw(), "ended before the main program was started");
+                    tracing::info!(signal = signal.as_raw(), "stopped before the main program was started");
                     return Ok(code(128 + signal.as_raw()));
                 };
                 for signal in main.terminal.signals_for(signal) {
                     host.children.signal_group(main.terminal.leader(), signal);
                 }
                 if signal == Signal::TERM {
-                    linger = LINGER_WHEN_TOLD;
-                    deadline.get_or_insert_with(|| Instant::now() + GRACE);
+                    linger = LINGER_WHEN_STOPPED;
+                    deadline.get_or_insert_with(|| Instant::now() + GRACE_PERIOD);
                 }
             }
             () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                tracing::warn!("the main program did not end in time: everything is killed");
+                tracing::warn!("the main program did not end in time; killing all processes");
                 host.children.kill_all();
                 deadline = None;
             }
-            () = &mut serving => unreachable!("it serves for ever"),
-            () = &mut reaping => unreachable!("it reaps for ever"),
-            () = &mut watching => unreachable!("it watches for ever"),
+            () = &mut serving => unreachable!("never returns"),
+            () = &mut reaping => unreachable!("never returns"),
+            () = &mut watching => unreachable!("never returns"),
         }
     };
     tracing::info!(code = status.code, "the main program has ended");
@@ -95,7 +95,7 @@ pub(super) async fn live(run_dir: &Path, image: Vec<(OsString, OsString)>) -> an
 
 async fn reap(host: &Host, mut children_ended: Signals) {
     loop {
-        // The children may have ended before the signal was handled for the first time.
+        // Children may have ended before the signal handler was installed.
         host.children.reap();
         if children_ended.recv().await.is_none() {
             return std::future::pending().await;
@@ -114,7 +114,7 @@ async fn watch_ports(host: &Host) {
     }
 }
 
-/// All forwarded signals in one queue. One may stand for several of its kind, as signals do.
+/// All forwarded signals in one queue. As usual with signals, several of a kind may be merged into one.
 fn forwarded_signals() -> io::Result<mpsc::Receiver<Signal>> {
     let (sender, queue) = mpsc::channel(FORWARDED.len());
     for kind in FORWARDED {
@@ -126,7 +126,7 @@ fn forwarded_signals() -> io::Result<mpsc::Receiver<Signal>> {
     Ok(queue)
 }
 
-/// A process's exit code is one byte.
+/// The operating system keeps one byte of an exit code.
 fn code(code: i32) -> u8 {
-    u8::try_from(code & 0xff).expect("it is masked")
+    u8::try_from(code & 0xff).expect("masked")
 }

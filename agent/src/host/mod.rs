@@ -1,17 +1,17 @@
 //! The process host: PID 1 of the user's container.
 //!
-//! It listens on the socket of [`crate::protocol`], waits until the sidecar says what to start, and then runs
-//! the main program on a terminal of its own, until that ends. Meanwhile it runs whatever else is asked for.
+//! It listens on the socket of [`crate::protocol`], waits for the sidecar to say what to start, and runs the main
+//! program on a terminal until it ends. Meanwhile it runs other programs on request.
 //!
-//! - [`init`]: the life of the host: signals, the main program's end, the last words.
-//! - [`children`]: the table of processes and the one reaper; [`process`]: from a request to a running process;
-//!   [`account`], [`detach`], [`stream`]: the user's entry, what happens between fork and exec, descriptors.
-//! - [`terminal`]: the main program's terminal, shared by everybody who attaches.
+//! - [`init`]: the host's lifecycle: signals, the main program's end, reporting it.
+//! - [`children`]: the table of processes and the only reaper; [`process`]: from a request to a running process;
+//!   [`account`], [`detach`], [`stream`]: the user's passwd entry, the steps between fork and exec, descriptors.
+//! - [`terminal`]: the main program's terminal, shared by all attached clients.
 //! - [`session`]: one exec: a program and a connection.
-//! - [`socket`]: connections and what they ask for; [`ports`] and [`dial`]: what listens in the weaver, and reaching
-//!   it.
+//! - [`socket`]: connections and their requests; [`ports`] and [`dial`]: finding listening ports, and connecting to
+//!   them.
 //!
-//! It is one thread: everything here waits most of the time, and what is done in between is short.
+//! It runs on one thread: everything here mostly waits, and the work in between is short.
 
 mod account;
 mod children;
@@ -38,15 +38,15 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     children::Children,
-    process::{OnTerminal, Surroundings},
+    process::{ProcessDefaults, TerminalProcess},
     terminal::Terminal,
 };
 use crate::protocol::{Failure, HostState, Program, StartRequest};
 
-/// The run directory when the environment names none.
+/// Used if `LOOM_RUN_DIR` is not set.
 const DEFAULT_RUN_DIR: &str = "/loom/run";
 
-/// Runs the host until the main program has ended; its exit code is the host's.
+/// Runs the host until the main program has ended, and exits with its code.
 ///
 /// # Errors
 ///
@@ -56,36 +56,36 @@ pub(crate) fn run() -> anyhow::Result<ExitCode> {
     let run_dir = std::env::var_os("LOOM_RUN_DIR").map_or_else(|| DEFAULT_RUN_DIR.into(), PathBuf::from);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
-    let code = runtime.block_on(init::live(&run_dir, std::env::vars_os().collect()))?;
-    // What has not ended by now is of no consequence any more.
+    let code = runtime.block_on(init::run(&run_dir, std::env::vars_os().collect()))?;
+    // Tasks that are still running no longer matter.
     runtime.shutdown_background();
     Ok(ExitCode::from(code))
 }
 
-/// The exit code of a program that SIGKILL ended.
+/// The exit code of a program ended by SIGKILL.
 const KILLED: i32 = 128 + 9;
 
-/// What all parts of the host share.
+/// The state that all parts of the host share.
 struct Host {
     children: Children,
-    /// The environment that the host was started with: the image's.
+    /// The environment that the host was started with, which is the image's.
     image: Vec<(OsString, OsString)>,
-    /// Where the main program is handed over when it is started; empty afterwards.
+    /// Hands the main program over to [`init::run`]; `None` once it is started.
     starting: Mutex<Option<oneshot::Sender<terminal::Program>>>,
     main: watch::Sender<Option<Arc<Main>>>,
     state: watch::Sender<HostState>,
-    /// Processes that were out of memory before there were any of ours.
+    /// The kernel's count of out-of-memory kills when the host started.
     oom_kills: u64,
-    /// The main program has ended: the others are to end too.
+    /// The main program has ended, so everything else is to end too.
     ending: CancellationToken,
-    /// Somebody was told how the main program ended.
+    /// A client has received the main program's exit status.
     reported: CancellationToken,
 }
 
-/// The main program, once it is started.
+/// The running main program.
 struct Main {
     terminal: Terminal,
-    surroundings: Surroundings,
+    defaults: ProcessDefaults,
 }
 
 impl Host {
@@ -104,42 +104,39 @@ impl Host {
         (host, started)
     }
 
-    /// Starts the main program, unless it was started before. After a failure it may be tried again.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be run.
+    /// Starts the main program, unless it was started before. May be retried after a failure.
     fn start(&self, request: &StartRequest) -> Result<(), Failure> {
         let mut starting = self.starting.lock();
         if starting.is_none() {
             return Ok(());
         }
-        let surroundings = Surroundings::new(self.image.iter().cloned(), request);
+        let defaults = ProcessDefaults::new(self.image.iter().cloned(), request);
         let program = request.command.as_ref().map_or(Program::LoginShell, |words| Program::Argv(words.clone()));
-        let command = surroundings.command(&program, &BTreeMap::new(), None, Some(""))?;
+        let command = defaults.command(&program, &BTreeMap::new(), None, Some(""))?;
         let size = Terminal::initial_size();
-        let OnTerminal { child, terminal } = process::spawn_on_terminal(&self.children, command, size.rows, size.cols)?;
-        tracing::info!(pid = child.pid.as_raw_pid(), "the main program runs");
+        let TerminalProcess { child, terminal } =
+            process::spawn_on_terminal(&self.children, command, size.rows, size.cols)?;
+        tracing::info!(pid = child.pid.as_raw_pid(), "the main program is running");
         let (terminal, program) = Terminal::new(child, terminal, request.command.is_none());
-        self.main.send_replace(Some(Arc::new(Main { terminal, surroundings })));
+        self.main.send_replace(Some(Arc::new(Main { terminal, defaults })));
         self.state.send_modify(|state| state.main = MainState::Running);
         if let Some(starting) = starting.take() {
-            // The receiver waits as long as the host lives.
+            // The receiver exists as long as the host runs.
             let _ = starting.send(program);
         }
         Ok(())
     }
 
-    /// Takes down how the main program ended, and tells everybody.
+    /// Records how the main program ended, and tells all clients.
     fn finish(&self, code: i32, output: &[u8]) {
-        // Others may have been killed so before, and the main program by somebody else.
+        // Both are needed: the kernel may have killed other processes, and others may send SIGKILL.
         let out_of_memory = code == KILLED && oom::kills() > self.oom_kills;
         let tail = STANDARD.encode(output);
         self.state.send_modify(|state| state.main = MainState::Exited { code, tail, out_of_memory });
         self.ending.cancel();
     }
 
-    /// Looks which ports are listened on, and tells those who watch when they have changed.
+    /// Updates the list of listening ports, and tells watching clients if it has changed.
     fn refresh_ports(&self) {
         let ports = ports::ports();
         self.state.send_if_modified(|state| {

@@ -1,12 +1,12 @@
-//! Whether the kernel killed one of our processes because their memory was used up.
+//! Whether the kernel has killed one of our processes for lack of memory.
 
 use std::fs;
 
-/// Where the container's own control group tells it: cgroup v2 (kernel's cgroup-v2.rst, `memory.events`), then v1
-/// (`memory.oom_control`). Both have a line `oom_kill N`.
+/// The container's cgroup, v2 (kernel's cgroup-v2.rst, `memory.events`), then v1 (`memory.oom_control`). Both files have
+/// a line `oom_kill N`.
 const FILES: [&str; 2] = ["/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"];
 
-/// How many processes were killed so until now; zero where nobody counts.
+/// The number of processes killed so far; zero if the kernel does not say.
 pub(super) fn kills() -> u64 {
     FILES.iter().find_map(|file| count(&fs::read_to_string(file).ok()?)).unwrap_or(0)
 }

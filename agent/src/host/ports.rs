@@ -1,8 +1,8 @@
 //! Which TCP ports the weaver's processes listen on.
 //!
-//! The kernel is asked for its listening sockets over netlink (sock_diag(7)). `/proc/net/tcp` says the same, but to
-//! write it the kernel goes through the node's whole table of connections, everybody's: milliseconds for each look of
-//! each weaver. It is read only where there is no sock_diag, as in gVisor.
+//! The kernel lists its listening sockets over netlink (sock_diag(7)). `/proc/net/tcp` has the same information, but to
+//! generate it the kernel walks the node's whole table of connections, which takes milliseconds for each check of each
+//! weaver. It is used only where there is no sock_diag, as in gVisor.
 
 use std::{
     collections::BTreeSet,
@@ -19,29 +19,29 @@ use netlink_packet_sock_diag::{
 };
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 
-/// How much of an answer comes at once, in bytes: the most that the kernel puts into one datagram of a dump.
-const DATAGRAM: usize = 32 << 10;
-/// How much of each table is read, in bytes. Listening sockets come first in them.
+/// The maximum size of a datagram in the kernel's answer, in bytes.
+const MAX_DATAGRAM: usize = 32 << 10;
+/// How much of each table is read, in bytes. Listening sockets come first.
 const MAX_TABLE: u64 = 4 << 20;
 /// The state of a listening socket (`TCP_LISTEN`).
 const LISTEN: &str = "0A";
 
-/// The ports, ascending, each once.
+/// The listening ports, ascending, without duplicates.
 pub(super) fn ports() -> Vec<u16> {
     addresses().iter().map(SocketAddr::port).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// The addresses that are listened on.
+/// The listening addresses.
 pub(super) fn addresses() -> Vec<SocketAddr> {
     from_kernel().unwrap_or_else(|_| from_tables())
 }
 
 fn from_kernel() -> io::Result<Vec<SocketAddr>> {
     let socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    // The kernel has its answer ready before it is asked for; one that has not is none.
+    // The kernel's answer is ready when the request returns, so never wait for one.
     socket.set_non_blocking(true)?;
     let mut found = ask(&socket, AF_INET, SocketId::new_v4())?;
-    // A kernel without IPv6 knows no such sockets.
+    // Fails on a kernel without IPv6.
     found.extend(ask(&socket, AF_INET6, SocketId::new_v6()).unwrap_or_default());
     Ok(found)
 }
@@ -62,7 +62,7 @@ fn ask(socket: &Socket, family: u8, any: SocketId) -> io::Result<Vec<SocketAddr>
     request.serialize(&mut bytes);
     socket.send(&bytes, 0)?;
     let mut found = Vec::new();
-    let mut datagram = vec![0; DATAGRAM];
+    let mut datagram = vec![0; MAX_DATAGRAM];
     loop {
         let length = socket.recv(&mut datagram.as_mut_slice(), 0)?;
         if read_answer(&datagram[..length], &mut found)? {
@@ -71,7 +71,7 @@ fn ask(socket: &Socket, family: u8, any: SocketId) -> io::Result<Vec<SocketAddr>
     }
 }
 
-/// Reads one datagram of a dump; whether it was the last one.
+/// Parses one datagram of the answer; returns whether it was the last.
 fn read_answer(mut datagram: &[u8], found: &mut Vec<SocketAddr>) -> io::Result<bool> {
     while !datagram.is_empty() {
         let length = NetlinkBuffer::new_checked(datagram).map_err(io::Error::other)?.length() as usize;
@@ -118,7 +118,7 @@ fn parse_line(line: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(parse_address(address)?, u16::from_str_radix(port, 16).ok()?))
 }
 
-/// An address as the kernel prints it: 32-bit words in the machine's own byte order.
+/// Parses an address as the kernel prints it: 32-bit words in native byte order.
 fn parse_address(hex: &str) -> Option<IpAddr> {
     let word = |index: usize| -> Option<[u8; 4]> {
         let digits = hex.get(index * 8..index * 8 + 8)?;

@@ -1,4 +1,4 @@
-//! From a request to a running process: its environment, its directory, its program, its descriptors.
+//! From a request to a running process: environment, working directory, program, descriptors.
 
 use std::{
     collections::BTreeMap,
@@ -29,27 +29,27 @@ use super::{
 };
 use crate::protocol::{Failure, FailureKind, Program, StartRequest};
 
-/// Where programs are looked for when nothing says otherwise.
+/// `PATH` if neither the image nor the request sets it.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// What terminals are called when nothing says otherwise.
+/// `TERM` if the request does not set it.
 const DEFAULT_TERM: &str = "xterm-256color";
-/// The home of a user without an entry, where the image or the pod has made it.
+/// The home of a user without a passwd entry, if the directory exists.
 const DEFAULT_HOME: &str = "/home/loom";
-/// Settings of the host itself: nothing for the user's programs.
+/// The host's own settings, hidden from the user's programs.
 const INTERNAL: [&str; 1] = ["LOOM_RUN_DIR"];
 
 type Variables = BTreeMap<OsString, OsString>;
 
-/// What all processes of the weaver have in common.
+/// The environment, working directory and account that all processes of the weaver start with.
 #[derive(Debug, Clone)]
-pub(super) struct Surroundings {
+pub(super) struct ProcessDefaults {
     variables: Variables,
     shell: Option<String>,
     directory: PathBuf,
 }
 
-impl Surroundings {
-    /// The image's environment, the request's on top, and what a login would have set where both say nothing.
+impl ProcessDefaults {
+    /// The image's environment, overridden by the request's, and the variables a login would set where both are silent.
     pub(super) fn new(image: impl Iterator<Item = (OsString, OsString)>, request: &StartRequest) -> Self {
         let mut variables: Variables =
             image.filter(|(name, _)| !INTERNAL.iter().any(|internal| name == internal)).collect();
@@ -82,7 +82,7 @@ impl Surroundings {
         Self { variables, shell, directory }
     }
 
-    /// The command that runs `program`, ready but for its descriptors.
+    /// The command that runs `program`, complete except for its descriptors.
     ///
     /// # Errors
     ///
@@ -107,16 +107,16 @@ impl Surroundings {
         }
         let mut command = match program {
             Program::LoginShell => self.login_shell()?,
-            Program::Shell(line) => match (&self.shell, super::words::plain(line)) {
+            Program::Shell(line) => match (&self.shell, super::words::split(line)) {
                 // A command that asks nothing of a shell can do without one.
-                (None, Some(words)) => by_name(&words, &directory, variables.get(OsStr::new("PATH")))?,
+                (None, Some(words)) => find_program(&words, &directory, variables.get(OsStr::new("PATH")))?,
                 _ => {
                     let mut command = Command::new(self.shell()?);
                     command.arg("-c").arg(line);
                     command
                 }
             },
-            Program::Argv(words) => by_name(words, &directory, variables.get(OsStr::new("PATH")))?,
+            Program::Argv(words) => find_program(words, &directory, variables.get(OsStr::new("PATH")))?,
             Program::Sftp => {
                 let mut command = Command::new("/proc/self/exe");
                 command.arg0("loom-agent").arg("sftp-server");
@@ -127,7 +127,7 @@ impl Surroundings {
         Ok(command)
     }
 
-    /// The shell under the name with which it knows that it is a login shell (`-bash`).
+    /// The shell, named such that it acts as a login shell (`-bash`).
     fn login_shell(&self) -> Result<Command, Failure> {
         let shell = self.shell()?;
         let mut command = Command::new(shell);
@@ -144,11 +144,11 @@ impl Surroundings {
 }
 
 fn extend(variables: &mut Variables, more: &BTreeMap<String, Secret>) {
-    // A name that is empty or holds "=", or a value with a zero byte, cannot be passed at all (environ(7)).
-    let sound = more
+    // Names that are empty or contain "=", and values with a zero byte, cannot be passed on (environ(7)).
+    let valid = more
         .iter()
         .filter(|(name, value)| !name.is_empty() && !name.contains(['=', '\0']) && !value.expose().contains('\0'));
-    variables.extend(sound.map(|(name, value)| (name.into(), value.expose().into())));
+    variables.extend(valid.map(|(name, value)| (name.into(), value.expose().into())));
 }
 
 fn home(account: Option<&Account>) -> String {
@@ -157,8 +157,8 @@ fn home(account: Option<&Account>) -> String {
     known.unwrap_or(fallback).to_owned()
 }
 
-/// Finds a program as execvp(3) would, but says precisely what is wrong when there is none.
-fn by_name(words: &[String], directory: &Path, path: Option<&OsString>) -> Result<Command, Failure> {
+/// Finds a program as execvp(3) does, but with a precise error.
+fn find_program(words: &[String], directory: &Path, path: Option<&OsString>) -> Result<Command, Failure> {
     let Some((name, arguments)) = words.split_first().filter(|(name, _)| !name.is_empty()) else {
         return Err(Failure::new(FailureKind::InvalidRequest, "the command is empty"));
     };
@@ -192,26 +192,22 @@ fn is_executable(file: &Path) -> bool {
     file.is_file() && access(file, Access::EXEC_OK).is_ok()
 }
 
-/// A process with pipes.
-pub(super) struct Piped {
+/// A process with pipes as its standard input, output and error.
+pub(super) struct PipedProcess {
     pub(super) child: Child,
     pub(super) stdin: Stream,
     pub(super) stdout: Stream,
     pub(super) stderr: Stream,
 }
 
-/// A process with a terminal.
-pub(super) struct OnTerminal {
+/// A process on a pseudo-terminal.
+pub(super) struct TerminalProcess {
     pub(super) child: Child,
     pub(super) terminal: Stream,
 }
 
 /// Spawns a command with three pipes.
-///
-/// # Errors
-///
-/// When it cannot be executed after all, or there are no more processes or descriptors.
-pub(super) fn spawn_piped(children: &Children, mut command: Command) -> Result<Piped, Failure> {
+pub(super) fn spawn_piped(children: &Children, mut command: Command) -> Result<PipedProcess, Failure> {
     let pipes = || -> io::Result<_> {
         Ok([pipe_with(PipeFlags::CLOEXEC)?, pipe_with(PipeFlags::CLOEXEC)?, pipe_with(PipeFlags::CLOEXEC)?])
     };
@@ -221,21 +217,17 @@ pub(super) fn spawn_piped(children: &Children, mut command: Command) -> Result<P
     let ours = || -> io::Result<_> { Ok((Stream::new(stdin.1)?, Stream::new(stdout.0)?, Stream::new(stderr.0)?)) };
     let (stdin, stdout, stderr) = ours().map_err(|error| internal("use the pipes", &error))?;
     let child = spawn(children, &mut command)?;
-    // The program's ends are closed here with the command: only its own keep the pipes open from now on.
-    Ok(Piped { child, stdin, stdout, stderr })
+    // Dropping the command closes our copies of the program's ends, so only its own keep the pipes open.
+    Ok(PipedProcess { child, stdin, stdout, stderr })
 }
 
 /// Spawns a command on a new terminal of `rows` × `cols`.
-///
-/// # Errors
-///
-/// When it cannot be executed after all, or there are no more processes or terminals.
 pub(super) fn spawn_on_terminal(
     children: &Children,
     mut command: Command,
     rows: u16,
     cols: u16,
-) -> Result<OnTerminal, Failure> {
+) -> Result<TerminalProcess, Failure> {
     let (host, user) = open_terminal(rows, cols).map_err(|error| internal("make a terminal", &error))?;
     let copies = || -> io::Result<_> { Ok((user.try_clone()?, user.try_clone()?)) };
     let (stdin, stdout) = copies().map_err(|error| internal("make a terminal", &error))?;
@@ -243,14 +235,14 @@ pub(super) fn spawn_on_terminal(
     detach::into_own_session(&mut command, true);
     let terminal = Stream::new(host).map_err(|error| internal("use the terminal", &error))?;
     let child = spawn(children, &mut command)?;
-    Ok(OnTerminal { child, terminal })
+    Ok(TerminalProcess { child, terminal })
 }
 
 fn spawn(children: &Children, command: &mut Command) -> Result<Child, Failure> {
     children.spawn(command).map_err(|error| {
         let program = Path::new(command.get_program()).display();
         match error.kind() {
-            // The file was there when it was looked for, so what is missing is what it names.
+            // The file itself exists, so its interpreter or loader is missing.
             io::ErrorKind::NotFound => Failure::new(
                 FailureKind::CommandNotFound,
                 format!("cannot run {program}: its interpreter or loader does not exist in this image"),
@@ -275,28 +267,24 @@ fn open_terminal(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let host = openpt(flags)?;
     unlockpt(&host)?;
-    // Opened through the first one: the name in /dev/pts may be another file system's.
+    // Opened through the host's side: the path in /dev/pts may be that of another file system.
     let user = ioctl_tiocgptpeer(&host, flags)?;
     let mut attributes = tcgetattr(&user)?;
-    // So that erasing takes whole characters back, not bytes.
+    // Makes erasing remove whole characters, not bytes.
     attributes.input_modes |= InputModes::IUTF8;
     tcsetattr(&user, OptionalActions::Now, &attributes)?;
     resize_terminal(&host, rows, cols)?;
     Ok((host, user))
 }
 
-/// Sets a terminal's size; the kernel tells its foreground processes by `SIGWINCH`.
-///
-/// # Errors
-///
-/// Those of ioctl(2).
+/// Sets a terminal's size; the kernel sends `SIGWINCH` to its foreground processes.
 pub(super) fn resize_terminal(terminal: impl std::os::fd::AsFd, rows: u16, cols: u16) -> io::Result<()> {
     Ok(tcsetwinsize(terminal, Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 })?)
 }
 
-/// Signals whoever is in the foreground of a terminal.
+/// Signals the foreground process group of a terminal.
 pub(super) fn signal_foreground(terminal: &Stream, signal: Signal) {
-    // A terminal without a foreground group has nobody to signal.
+    // A terminal may have no foreground group.
     if let Ok(group) = tcgetpgrp(terminal)
         && group != Pid::INIT
     {
@@ -310,19 +298,19 @@ mod tests {
 
     use super::*;
 
-    fn surroundings(image: &[(&str, &str)], request: &StartRequest) -> Surroundings {
-        Surroundings::new(image.iter().map(|(name, value)| (name.into(), value.into())), request)
+    fn defaults(image: &[(&str, &str)], request: &StartRequest) -> ProcessDefaults {
+        ProcessDefaults::new(image.iter().map(|(name, value)| (name.into(), value.into())), request)
     }
 
-    fn get<'a>(surroundings: &'a Surroundings, name: &str) -> Option<&'a str> {
-        surroundings.variables.get(OsStr::new(name)).and_then(|value| value.to_str())
+    fn get<'a>(defaults: &'a ProcessDefaults, name: &str) -> Option<&'a str> {
+        defaults.variables.get(OsStr::new(name)).and_then(|value| value.to_str())
     }
 
     #[test]
-    fn the_request_goes_over_the_image_and_login_fills_the_rest() {
+    fn the_request_overrides_the_image_and_login_fills_the_rest() {
         let env = BTreeMap::from([("A".into(), "request".to_owned().into()), ("B=".into(), "x".to_owned().into())]);
         let request = StartRequest { env, ..StartRequest::default() };
-        let it = surroundings(&[("A", "image"), ("HOME", "/elsewhere"), ("LOOM_RUN_DIR", "/loom/run")], &request);
+        let it = defaults(&[("A", "image"), ("HOME", "/elsewhere"), ("LOOM_RUN_DIR", "/loom/run")], &request);
         assert_eq!(get(&it, "A"), Some("request"));
         assert_eq!(get(&it, "HOME"), Some("/elsewhere"));
         assert_eq!(get(&it, "PATH"), Some(DEFAULT_PATH));
@@ -335,18 +323,18 @@ mod tests {
     #[test]
     fn a_missing_working_directory_falls_back_and_an_explicit_one_is_an_error() {
         let request = StartRequest { cwd: Some("/nonexistent".into()), ..StartRequest::default() };
-        let it = surroundings(&[("HOME", "/usr")], &request);
+        let it = defaults(&[("HOME", "/usr")], &request);
         assert_eq!(it.directory, Path::new("/usr"));
         let error = it.command(&Program::LoginShell, &BTreeMap::new(), Some("/nonexistent"), None).unwrap_err();
         assert_eq!(error.kind, FailureKind::InvalidRequest);
     }
 
     #[test]
-    fn shells_that_do_not_exist_are_passed_over() {
-        let it = surroundings(&[("SHELL", "/nonexistent/fish")], &StartRequest::default());
+    fn shells_that_do_not_exist_are_skipped() {
+        let it = defaults(&[("SHELL", "/nonexistent/fish")], &StartRequest::default());
         let command = it.command(&Program::LoginShell, &BTreeMap::new(), None, None).unwrap();
         assert!(Path::new(command.get_program()).exists());
-        let none = Surroundings { shell: None, ..it };
+        let none = ProcessDefaults { shell: None, ..it };
         let plain = none.command(&Program::Shell("true 'a b'".into()), &BTreeMap::new(), None, None).unwrap();
         assert_eq!(plain.get_args().collect::<Vec<_>>(), ["a b"]);
         let error = none.command(&Program::Shell("true; true".into()), &BTreeMap::new(), None, None).unwrap_err();
@@ -362,7 +350,7 @@ mod tests {
         let tool = folder.path().join("tool");
         std::fs::write(&tool, "#!/bin/sh\n").unwrap();
         std::fs::set_permissions(&tool, PermissionsExt::from_mode(0o755)).unwrap();
-        let run = |name: &str| by_name(&[name.to_owned()], folder.path(), Some(&path));
+        let run = |name: &str| find_program(&[name.to_owned()], folder.path(), Some(&path));
         assert_eq!(run("tool").unwrap().get_program(), tool);
         assert_eq!(run("./tool").unwrap().get_program(), folder.path().join("./tool"));
         assert_eq!(run("absent").unwrap_err().exit_code(), 127);

@@ -1,9 +1,9 @@
-//! One exec: a program and a connection, and what flows between them.
+//! One exec: a program and a connection, and the data between them.
 //!
-//! Everything runs in the connection's own task, as futures that are polled together: the client's frames are always
-//! read, so that a resize, a signal or the end of the connection gets through even when the program does not read its
-//! input; output is read only as fast as the client takes it. The session ends when the program has ended and its
-//! output is sent, or when the client has gone: then the program is hung up on.
+//! Everything runs in the connection's task, as futures polled together. The client's frames are always read, so that a
+//! resize, a signal or a disconnect gets through even when the program does not read its input; output is read only as
+//! fast as the client takes it. The session ends when the program has ended and its output is sent, or when the client
+//! disconnects: then the program gets `SIGHUP`.
 
 use std::{
     io,
@@ -31,18 +31,18 @@ use tokio_util::{
 use super::{
     Host,
     children::{Child, signal_named},
-    process::{self, OnTerminal, Piped, Surroundings, resize_terminal, signal_foreground},
+    process::{self, PipedProcess, ProcessDefaults, TerminalProcess, resize_terminal, signal_foreground},
     stream::Stream,
 };
 use crate::protocol::{ExecRequest, ExitStatus, Failure, Frame, FrameCodec, FrameKind, Pty, STDIN_WINDOW, WindowSize};
 
-/// How long output is waited for after the program has ended, while others of its processes keep the pipes open: enough
-/// for the `tee` at its end, and not for the daemon that it started.
+/// How long to wait for output after the program has ended, while other processes keep its pipes open: enough for a
+/// `tee` to finish, without waiting for a daemon that it started.
 const OUTPUT_GRACE: Duration = Duration::from_millis(500);
-/// How many frames may wait for the connection.
+/// Frames waiting to be written to the connection.
 const OUTPUT_QUEUE: usize = 4;
 
-/// A program that was started for a client.
+/// A program started for a client.
 pub(super) struct Session {
     child: Child,
     descriptors: Descriptors,
@@ -54,29 +54,25 @@ enum Descriptors {
 }
 
 impl Session {
-    /// Starts the program.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be run.
-    pub(super) fn start(host: &Host, surroundings: &Surroundings, request: &ExecRequest) -> Result<Self, Failure> {
+    pub(super) fn start(host: &Host, defaults: &ProcessDefaults, request: &ExecRequest) -> Result<Self, Failure> {
         let term = request.pty.as_ref().map(|pty| pty.term.as_str());
-        let command = surroundings.command(&request.program, &request.env, request.cwd.as_deref(), term)?;
+        let command = defaults.command(&request.program, &request.env, request.cwd.as_deref(), term)?;
         Ok(match &request.pty {
             None => {
-                let Piped { child, stdin, stdout, stderr } = process::spawn_piped(&host.children, command)?;
+                let PipedProcess { child, stdin, stdout, stderr } = process::spawn_piped(&host.children, command)?;
                 Self { child, descriptors: Descriptors::Pipes { stdin: Some(stdin), stdout, stderr } }
             }
             Some(Pty { rows, cols, .. }) => {
                 let or = |given: u16, default| if given == 0 { default } else { given };
                 let (rows, cols) = (or(*rows, 24), or(*cols, 80));
-                let OnTerminal { child, terminal } = process::spawn_on_terminal(&host.children, command, rows, cols)?;
+                let TerminalProcess { child, terminal } =
+                    process::spawn_on_terminal(&host.children, command, rows, cols)?;
                 Self { child, descriptors: Descriptors::Terminal(terminal) }
             }
         })
     }
 
-    /// Carries bytes until the program has ended or the client has gone.
+    /// Runs the session until the program has ended or the client has disconnected.
     pub(super) async fn run(self, host: &Host, stream: UnixStream) -> io::Result<()> {
         let Self { mut child, mut descriptors } = self;
         let stdin = descriptors.take_stdin();
@@ -126,7 +122,7 @@ impl Descriptors {
     }
 }
 
-/// What a client's frames act on.
+/// The program that a client's frames act on.
 struct Target<'a> {
     host: &'a Host,
     leader: Pid,
@@ -134,8 +130,8 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Acts on the client's frames until it has gone. Input is handed over; a client that sends more than its window is
-    /// cut off, so the queue behind `typed` is bounded by that.
+    /// Handles the client's frames until it disconnects. Input goes to `typed`, which the window bounds: a client that
+    /// sends more is disconnected.
     async fn listen(
         &self,
         mut frames: FramedRead<impl AsyncRead + Unpin, FrameCodec>,
@@ -149,7 +145,7 @@ impl Target<'_> {
                     if ahead > STDIN_WINDOW {
                         return Err(io::Error::new(io::ErrorKind::InvalidData, "more input than the window allows"));
                     }
-                    // Fails only after the program has closed its input: then nobody wants it.
+                    // Fails only after the program has closed its input.
                     let _ = typed.send(Some(payload));
                 }
                 FrameKind::StdinEof => {
@@ -167,13 +163,13 @@ impl Target<'_> {
                         self.signal(signal);
                     }
                 }
-                _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame that a client does not send")),
+                _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame that only the host sends")),
             }
         }
         Ok(())
     }
 
-    /// Signals who is in the foreground of the terminal, or the program's process group when there is none.
+    /// Signals the foreground group of the terminal, or without a terminal the program's process group.
     fn signal(&self, signal: Signal) {
         match self.terminal {
             Some(terminal) => signal_foreground(terminal, signal),
@@ -181,7 +177,7 @@ impl Target<'_> {
         }
     }
 
-    /// What a terminal does when its line drops: everybody in it is told, and may end or go on without.
+    /// Sends `SIGHUP`, as a terminal does when its line drops. Processes may end or continue without it.
     fn hang_up(&self) {
         self.signal(Signal::HUP);
         if self.terminal.is_some() {
@@ -190,7 +186,7 @@ impl Target<'_> {
     }
 }
 
-/// Writes input to the program and gives the window back, until the input ends.
+/// Writes input to the program and reopens the window by as much, until the input ends.
 async fn feed(
     mut typing: mpsc::UnboundedReceiver<Option<Bytes>>,
     mut stdin: Option<Stream>,
@@ -210,7 +206,7 @@ async fn feed(
             None => Ok(()),
         };
         if written.is_err() {
-            // The program has closed its input, which is no error; what still comes is dropped.
+            // The program has closed its input, which is not an error; further input is dropped.
             stdin = None;
         }
         window.fetch_sub(bytes.len(), Ordering::Relaxed);
@@ -221,17 +217,17 @@ async fn feed(
     }
 }
 
-/// A terminal has no end of input but the character that means it, for programs that read lines.
+/// Types the end-of-file character: a terminal has no other end of input.
 async fn end_input(terminal: &Stream) {
     if let Ok(attributes) = tcgetattr(terminal)
         && attributes.local_modes.contains(LocalModes::ICANON)
     {
-        // The program may be gone.
+        // The program may have ended.
         let _ = terminal.write_all(&[attributes.special_codes[SpecialCodeIndex::VEOF]]).await;
     }
 }
 
-/// Sends all output, and then the exit.
+/// Sends all output, then the exit status.
 async fn deliver(child: &mut Child, descriptors: &Descriptors, frames: &mpsc::Sender<Frame>) {
     let drain = CancellationToken::new();
     let output = async {
@@ -261,11 +257,11 @@ async fn deliver(child: &mut Child, descriptors: &Descriptors, frames: &mpsc::Se
         output.await;
     }
     let status = status.unwrap_or(ExitStatus { code: 255, signal: None, core_dumped: false });
-    // Fails only when the connection has gone.
+    // Fails only when the connection is closed.
     let _ = frames.send(Frame::json(FrameKind::Exit, &status)).await;
 }
 
-/// Sends one stream to its end, or, once `drain` says so, what is in it at that moment.
+/// Sends one stream until its end. Once `drain` is cancelled, only sends what is available at that moment.
 async fn pump(stream: &Stream, kind: FrameKind, frames: &mpsc::Sender<Frame>, drain: &CancellationToken) {
     loop {
         let bytes = tokio::select! {
@@ -279,7 +275,7 @@ async fn pump(stream: &Stream, kind: FrameKind, frames: &mpsc::Sender<Frame>, dr
     }
 }
 
-/// Writes the frames, until the exit is written.
+/// Writes frames to the connection, up to and including the exit status.
 async fn send(
     mut queue: mpsc::Receiver<Frame>,
     mut connection: FramedWrite<impl AsyncWrite + Unpin, FrameCodec>,

@@ -1,4 +1,4 @@
-//! The socket: who may come in, what they want, and who serves it.
+//! The host's socket: accepts connections, checks who they are, and serves their requests.
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
@@ -22,24 +22,20 @@ use crate::{
     },
 };
 
-/// How many connections are served at once. A session is one; so is every dial, for an instant.
+/// Concurrent connections. A session is one; so is every dial, for a moment.
 const MAX_CONNECTIONS: usize = 512;
-/// How long a client may take to say what it wants.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a client waits here for the main program to be started.
-const START_PATIENCE: Duration = Duration::from_secs(60);
-/// How long nothing is accepted after accepting has failed, for want of descriptors perhaps.
+/// For a client to send its request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a request waits for the main program to be started.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// Pause after accepting has failed, perhaps for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Listens in the run directory, for the owner only.
-///
-/// # Errors
-///
-/// When the socket cannot be made there.
+/// Listens in the run directory, accessible to the owner only.
 pub(super) fn bind(run_dir: &Path) -> io::Result<UnixListener> {
     let path = socket_path(run_dir);
     match fs::remove_file(&path) {
-        // Left by a host that was killed.
+        // May be left from a host that was killed.
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
@@ -48,7 +44,7 @@ pub(super) fn bind(run_dir: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Accepts connections for ever; each is a task of `connections`.
+/// Accepts connections forever; each is a task of `connections`.
 pub(super) async fn serve(host: &Arc<Host>, listener: &UnixListener, connections: &TaskTracker) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
@@ -61,8 +57,8 @@ pub(super) async fn serve(host: &Arc<Host>, listener: &UnixListener, connections
             }
         };
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            let full = Failure::new(FailureKind::TooMany, "the weaver serves as many connections as it can");
-            // Into an empty socket buffer this never waits; whom it does not reach will see the connection close.
+            let full = Failure::new(FailureKind::TooMany, "the weaver has too many connections");
+            // Never blocks, as the socket's buffer is empty. If it fails, the client sees the connection close.
             let _ = timeout(ACCEPT_PAUSE, write_message(&mut stream, &Reply::Failed(full))).await;
             continue;
         };
@@ -81,7 +77,7 @@ async fn connection(host: &Host, mut stream: UnixStream) -> io::Result<()> {
         tracing::warn!("a connection from another user was closed");
         return Ok(());
     }
-    let request = match timeout(REQUEST_PATIENCE, read_message(&mut stream)).await {
+    let request = match timeout(REQUEST_TIMEOUT, read_message(&mut stream)).await {
         Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
             let failure = Failure::new(FailureKind::InvalidRequest, error.to_string());
             return write_message(&mut stream, &Reply::Failed(failure)).await;
@@ -114,7 +110,7 @@ async fn connection(host: &Host, mut stream: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Sends the reply, and gives back what it stands for.
+/// Sends the reply for a result; returns the value if there is one.
 async fn answer<T>(stream: &mut UnixStream, result: Result<T, Failure>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => write_message(stream, &Reply::Ok).await.map(|()| Some(value)),
@@ -122,10 +118,10 @@ async fn answer<T>(stream: &mut UnixStream, result: Result<T, Failure>) -> io::R
     }
 }
 
-/// The main program, waited for if it is not started yet.
+/// The main program; waits until it is started.
 async fn main_program(host: &Host) -> Result<Arc<Main>, Failure> {
     let mut main = host.main.subscribe();
-    let started = timeout(START_PATIENCE, main.wait_for(Option::is_some)).await;
+    let started = timeout(START_TIMEOUT, main.wait_for(Option::is_some)).await;
     let started = started.ok().and_then(Result::ok).and_then(|main| main.clone());
     started.ok_or_else(|| Failure::new(FailureKind::NotStarted, "the weaver has not started yet"))
 }
@@ -135,7 +131,7 @@ async fn exec(host: &Host, mut stream: UnixStream, request: &ExecRequest) -> io:
         Ok(_) if host.ending.is_cancelled() => {
             Err(Failure::new(FailureKind::ShuttingDown, "the weaver's main program has ended"))
         }
-        Ok(main) => Session::start(host, &main.surroundings, request),
+        Ok(main) => Session::start(host, &main.defaults, request),
         Err(failure) => Err(failure),
     };
     match answer(&mut stream, started).await? {
@@ -168,7 +164,7 @@ async fn watch(host: &Host, mut stream: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Waits until the other side has closed; what it says meanwhile is of no interest.
+/// Waits until the other side closes the connection; ignores what it sends.
 pub(super) async fn closed(mut read: impl AsyncRead + Unpin) -> io::Result<()> {
     let mut ignored = [0; 256];
     while read.read(&mut ignored).await? > 0 {}

@@ -1,6 +1,6 @@
-//! The host's ends of pipes and pseudo-terminals, without blocking.
+//! Non-blocking access to the host's ends of pipes and pseudo-terminals.
 //!
-//! The one unsafe call is the registration with the reactor, which asks for a promise that an owned descriptor keeps.
+//! The only unsafe call registers the descriptor with the reactor; owning the descriptor satisfies its contract.
 
 use std::{
     io,
@@ -16,31 +16,23 @@ use tokio::io::unix::AsyncFd;
 
 use crate::protocol::MAX_FRAME;
 
-/// One end of a pipe, or the host's end of a pseudo-terminal.
+/// An end of a pipe, or the host's side of a pseudo-terminal.
 #[derive(Debug)]
 pub(super) struct Stream(AsyncFd<OwnedFd>);
 
 impl Stream {
-    /// Takes a descriptor and makes it non-blocking.
-    ///
-    /// # Errors
-    ///
-    /// When the descriptor cannot be polled.
+    /// Makes the descriptor non-blocking and registers it.
     pub(super) fn new(descriptor: OwnedFd) -> io::Result<Self> {
         let flags = fcntl_getfl(&descriptor)?;
         fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
-        // SAFETY: the descriptor is owned, so it is open, stays so until it is dropped with this, and is always the
-        // same.
+        // SAFETY: the descriptor is owned, so it stays open and the same until it is dropped with the registration.
         #[allow(unsafe_code)]
         let registered = unsafe { AsyncFd::register(descriptor) };
         Ok(Self(registered?))
     }
 
-    /// What is there, at most a frame full; empty at the end. Cancel-safe.
-    ///
-    /// # Errors
-    ///
-    /// Those of read(2); a terminal whose other side is closed is an end, not an error.
+    /// Waits for data and reads at most one frame's worth; empty at the end, which includes a terminal whose other side
+    /// is closed. Cancel-safe.
     pub(super) async fn read(&self) -> io::Result<Bytes> {
         loop {
             let mut ready = self.0.readable().await?;
@@ -50,11 +42,7 @@ impl Stream {
         }
     }
 
-    /// What is there now; `None` when there is nothing now, empty at the end.
-    ///
-    /// # Errors
-    ///
-    /// As [`Stream::read`].
+    /// As [`Stream::read`], but returns `None` instead of waiting.
     pub(super) fn read_now(&self) -> io::Result<Option<Bytes>> {
         match read(self.as_fd()) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -62,11 +50,6 @@ impl Stream {
         }
     }
 
-    /// Writes all bytes, as fast as they are taken.
-    ///
-    /// # Errors
-    ///
-    /// Those of write(2).
     pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let mut ready = self.0.writable().await?;
@@ -93,13 +76,13 @@ impl AsFd for Stream {
 }
 
 fn read(descriptor: BorrowedFd<'_>) -> io::Result<Bytes> {
-    // Allocated only when there is something to read, so that a silent session costs no buffer.
+    // Allocated only when there is something to read, so that an idle session has no buffer.
     let mut bytes = Vec::with_capacity(MAX_FRAME);
     loop {
         match rustix::io::read(descriptor, rustix::buffer::spare_capacity(&mut bytes)) {
             Ok(_) => break,
             Err(Errno::INTR) => {}
-            // A pseudo-terminal's way to say that nobody has its other side open.
+            // What a pseudo-terminal returns when its other side is closed.
             Err(Errno::IO) => break,
             Err(error) => return Err(error.into()),
         }

@@ -1,10 +1,10 @@
-//! Shell commands that need no shell: words and quotes, and nothing that a shell would act on (POSIX XCU 2.2 and 2.3).
+//! Splits shell commands that consist only of words and quotes, so that no shell is needed (POSIX XCU 2.2 and 2.3).
 
-/// Characters that mean something to a shell where they are not quoted.
+/// Characters with a meaning to a shell unless quoted.
 const SPECIAL: &str = "|&;<>()$`*?[]#~=%!{}\n";
 
-/// The words of a command line, unless a shell would do more with it than find them.
-pub(super) fn plain(line: &str) -> Option<Vec<String>> {
+/// The words of a command line; `None` if it needs a shell.
+pub(super) fn split(line: &str) -> Option<Vec<String>> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut rest = line.chars();
@@ -32,7 +32,7 @@ pub(super) fn plain(line: &str) -> Option<Vec<String>> {
         }
     }
     words.extend(word);
-    // The one builtin whose work is done by leaving it out.
+    // The only builtin that can simply be dropped.
     if words.first().is_some_and(|first| first == "exec") {
         words.remove(0);
     }
@@ -46,11 +46,11 @@ mod tests {
     #[test]
     fn words_and_quotes_are_taken_apart() {
         assert_eq!(
-            plain("/bin/echo  'a b' \"c d\" e\\ f '' --x=y").unwrap(),
+            split("/bin/echo  'a b' \"c d\" e\\ f '' --x=y").unwrap(),
             ["/bin/echo", "a b", "c d", "e f", "", "--x=y"]
         );
-        assert_eq!(plain("exec 'ls' -l").unwrap(), ["ls", "-l"]);
-        assert_eq!(plain(r"printf 'it'\''s $5'").unwrap(), ["printf", "it's $5"]);
+        assert_eq!(split("exec 'ls' -l").unwrap(), ["ls", "-l"]);
+        assert_eq!(split(r"printf 'it'\''s $5'").unwrap(), ["printf", "it's $5"]);
     }
 
     #[test]
@@ -70,7 +70,7 @@ mod tests {
             "a\nb",
             "a \\",
         ] {
-            assert_eq!(plain(line), None, "{line:?}");
+            assert_eq!(split(line), None, "{line:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The sidecar's side of the socket.
+//! The client's side of the protocol, used by the sidecar.
 
 use std::{
     io,
@@ -27,21 +27,19 @@ use super::{
 };
 use crate::passing;
 
-/// How long a connection is tried while the host's socket is not there: the two containers start together.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
-/// Between two of those tries.
+/// For the host's socket to appear: the two containers start together.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between attempts.
 const CONNECT_RETRY: Duration = Duration::from_millis(20);
 
 /// Why an operation on the host failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// Nobody listens on the socket, or it is not the host's: the host has not started yet, is gone, or something else
-    /// stands in its place.
+    /// The host has not started yet or is gone, or something else listens in its place.
     #[error("the process host does not answer at {}: {source}", path.display())]
     Unreachable {
-        /// The socket.
         path: PathBuf,
-        /// What connecting said last.
+        /// The last attempt's error.
         source: io::Error,
     },
     /// The connection broke.
@@ -53,12 +51,12 @@ pub enum HostError {
     /// The host does not speak this protocol.
     #[error("unexpected answer from the process host: {0}")]
     Protocol(&'static str),
-    /// The host refused, and says why.
+    /// The host answered with a failure.
     #[error(transparent)]
     Refused(#[from] Failure),
 }
 
-/// A client of the host in one run directory. Cheap to clone; each call is a connection of its own.
+/// A client for the host in one run directory. Cheap to clone; each call opens a connection.
 #[derive(Debug, Clone)]
 pub struct HostClient {
     run_dir: Arc<Path>,
@@ -66,13 +64,13 @@ pub struct HostClient {
 }
 
 impl HostClient {
-    /// A client of the host whose socket is in `run_dir`. Connects to nothing yet.
+    /// A client for the host whose socket is in `run_dir`. Does not connect yet.
     #[must_use]
     pub fn new(run_dir: impl AsRef<Path>) -> Self {
         Self { run_dir: run_dir.as_ref().into(), host_pid: None }
     }
 
-    /// Accepts only this process, seen from the client's PID namespace, as the host. Without it any process of the
+    /// Accepts only this process, as seen from the client's PID namespace, as the host. By default any process of the
     /// client's user is accepted.
     #[must_use]
     pub fn expecting(self, host_pid: Option<i32>) -> Self {
@@ -83,31 +81,23 @@ impl HostClient {
     ///
     /// # Errors
     ///
-    /// [`HostError::Refused`] when the program cannot be started; the others of [`HostError`].
+    /// [`HostError::Refused`] when the program cannot be started.
     pub async fn start(&self, request: StartRequest) -> Result<(), HostError> {
         self.open(&Request::Start(request)).await.map(drop)
     }
 
-    /// The main program's state and the listening ports, as they are now.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// The current state of the main program and the listening ports.
     pub async fn state(&self) -> Result<HostState, HostError> {
         self.watch().await?.next().await?.ok_or(HostError::Gone)
     }
 
-    /// The same now and at every change.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// The state of the main program and the listening ports, now and at every change.
     pub async fn watch(&self) -> Result<StateStream, HostError> {
         let stream = self.open(&Request::Watch).await?;
         Ok(StateStream { frames: FramedRead::new(stream, FrameCodec::large()) })
     }
 
-    /// Runs a program. It is hung up on when both halves of the session are dropped before it has ended.
+    /// Runs a program. It gets `SIGHUP` if both halves of the session are dropped before it has ended.
     ///
     /// # Errors
     ///
@@ -116,36 +106,28 @@ impl HostClient {
         let (read, write) = self.open(&Request::Exec(request)).await?.into_split();
         let window = Arc::new(Semaphore::new(STDIN_WINDOW));
         Ok(ExecSession {
-            input: ExecInput { frames: Half::new(write, FrameCodec::stream()), window: Arc::clone(&window) },
+            input: ExecInput { frames: SendHalf::new(write, FrameCodec::stream()), window: Arc::clone(&window) },
             output: ExecOutput { frames: FramedRead::new(read, FrameCodec::stream()), window, ended: false },
         })
     }
 
-    /// Joins the main terminal; the session carries exactly the frames of [`loom_api::attach`].
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// Attaches to the main terminal; the session carries the frames of [`loom_api::attach`].
     pub async fn attach(&self, query: AttachQuery) -> Result<AttachSession, HostError> {
         let (read, write) = self.open(&Request::Attach(query)).await?.into_split();
         Ok(AttachSession {
-            input: AttachInput { frames: Half::new(write, FrameCodec::large()) },
+            input: AttachInput { frames: SendHalf::new(write, FrameCodec::large()) },
             output: AttachOutput { frames: FramedRead::new(read, FrameCodec::large()) },
         })
     }
 
-    /// The main program's output from the oldest byte kept, and with `follow` on to its end.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// The main program's output from the oldest byte kept, with `follow` until the program ends.
     pub async fn logs(&self, follow: bool) -> Result<LogStream, HostError> {
         let stream = self.open(&Request::Logs { follow }).await?;
         Ok(LogStream { frames: FramedRead::new(stream, FrameCodec::stream()) })
     }
 
-    /// Connects to a TCP port in the weaver: `127.0.0.1`, `::1`, then the addresses that listen on it. The socket was
-    /// connected by the host, in the weaver's network, and is passed over.
+    /// Connects to a TCP port in the weaver: `127.0.0.1`, `::1`, then the addresses that listen on it. The host connects
+    /// the socket in the weaver's network and passes it to us.
     ///
     /// # Errors
     ///
@@ -154,26 +136,21 @@ impl HostClient {
         let mut stream = self.connect().await?;
         write_message(&mut stream, &Request::Dial { port }).await?;
         let (reply, descriptor) = passing::receive(&stream).await?;
-        let reply: Reply =
-            serde_json::from_slice(&reply).map_err(|_| HostError::Protocol("a reply that is no reply"))?;
+        let reply: Reply = serde_json::from_slice(&reply).map_err(|_| HostError::Protocol("a malformed reply"))?;
         accepted(reply)?;
-        let descriptor = descriptor.ok_or(HostError::Protocol("a dial's answer without a socket"))?;
+        let descriptor = descriptor.ok_or(HostError::Protocol("a reply to a dial without a socket"))?;
         let socket = std::net::TcpStream::from(descriptor);
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
         Ok(TcpStream::from_std(socket)?)
     }
 
-    /// Tells everybody who is attached that the weaver ends in so many seconds.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// Tells all attached clients that the weaver ends in so many seconds.
     pub async fn expiring(&self, seconds: u64) -> Result<(), HostError> {
         self.open(&Request::Expiring { seconds }).await.map(drop)
     }
 
-    /// Connects, asks, and reads the answer.
+    /// Connects, sends the request, and reads the reply.
     async fn open(&self, request: &Request) -> Result<UnixStream, HostError> {
         let mut stream = self.connect().await?;
         write_message(&mut stream, request).await?;
@@ -186,7 +163,7 @@ impl HostClient {
     }
 
     async fn connect(&self) -> Result<UnixStream, HostError> {
-        let give_up = Instant::now() + CONNECT_PATIENCE;
+        let give_up = Instant::now() + CONNECT_TIMEOUT;
         loop {
             let source = match connect::connect(&self.run_dir, self.host_pid).await {
                 Ok(stream) => return Ok(stream),
@@ -208,7 +185,7 @@ fn accepted(reply: Reply) -> Result<(), HostError> {
     }
 }
 
-/// The changes that [`HostClient::watch`] tells.
+/// The result of [`HostClient::watch`].
 #[derive(Debug)]
 pub struct StateStream {
     frames: FramedRead<UnixStream, FrameCodec>,
@@ -216,10 +193,6 @@ pub struct StateStream {
 
 impl StateStream {
     /// The next state; `None` when the host has ended. Cancel-safe.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
     pub async fn next(&mut self) -> Result<Option<HostState>, HostError> {
         let Some(frame) = next(&mut self.frames).await? else {
             return Ok(None);
@@ -228,32 +201,26 @@ impl StateStream {
     }
 }
 
-/// A program that runs: one half to tell it things, one to hear from it. They may live in different tasks.
+/// A running program. The two halves may be used in different tasks.
 #[derive(Debug)]
 pub struct ExecSession {
-    /// Towards the program.
     pub input: ExecInput,
-    /// From the program.
     pub output: ExecOutput,
 }
 
-/// Towards a program. Dropping it is no end of input: say [`ExecInput::eof`].
+/// The sending half. Dropping it does not end the input; call [`ExecInput::eof`].
 ///
-/// When the program has ended, everything here fails with [`HostError::Gone`], which is no failure of the session: its
-/// end, and the output before it, are still to be had from [`ExecOutput::next`].
+/// When the program has ended, all methods fail with [`HostError::Gone`]. That is not a failure of the session: the
+/// remaining output and the exit status still come from [`ExecOutput::next`].
 #[derive(Debug)]
 pub struct ExecInput {
-    frames: Half,
+    frames: SendHalf,
     window: Arc<Semaphore>,
 }
 
 impl ExecInput {
-    /// Sends standard input of any length; waits while the program has not taken what was sent before, for which
-    /// [`ExecOutput::next`] must go on being called elsewhere. When cancelled, a part may have been sent.
-    ///
-    /// # Errors
-    ///
-    /// [`HostError::Gone`] when the session has ended; the others of [`HostError`].
+    /// Sends standard input of any length. Waits until the program has read earlier input, which needs another task to
+    /// keep calling [`ExecOutput::next`]. When cancelled, a part may have been sent.
     pub async fn data(&mut self, mut bytes: Bytes) -> Result<(), HostError> {
         while !bytes.is_empty() {
             let part = bytes.split_to(bytes.len().min(MAX_FRAME));
@@ -264,35 +231,23 @@ impl ExecInput {
         Ok(())
     }
 
-    /// No more input.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// Ends the input.
     pub async fn eof(&mut self) -> Result<(), HostError> {
         self.frames.send(Frame::new(FrameKind::StdinEof, Bytes::new())).await
     }
 
-    /// The terminal's new size.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// Sets the terminal's size.
     pub async fn resize(&mut self, rows: u16, cols: u16) -> Result<(), HostError> {
         self.frames.send(Frame::json(FrameKind::Resize, &WindowSize { rows, cols })).await
     }
 
-    /// A signal for the program's process group, named as in SSH (`INT`, `TERM`, …). An unknown name does nothing.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// Signals the program's process group, by the signal's SSH name (`INT`, `TERM`, …). Unknown names are ignored.
     pub async fn signal(&mut self, name: &str) -> Result<(), HostError> {
         self.frames.send(Frame::new(FrameKind::Signal, name.as_bytes().to_vec())).await
     }
 }
 
-/// From a program.
+/// The receiving half.
 #[derive(Debug)]
 pub struct ExecOutput {
     frames: FramedRead<OwnedReadHalf, FrameCodec>,
@@ -300,19 +255,18 @@ pub struct ExecOutput {
     ended: bool,
 }
 
-/// What comes from a program.
+/// What a program sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExecEvent {
     /// Standard output, or the terminal's output.
     Stdout(Bytes),
-    /// Standard error.
     Stderr(Bytes),
-    /// The end; all output came before.
+    /// Comes after all output.
     Exit(ExitStatus),
 }
 
 impl ExecOutput {
-    /// What comes next; `None` after [`ExecEvent::Exit`]. Cancel-safe.
+    /// The next event; `None` after [`ExecEvent::Exit`]. Cancel-safe.
     ///
     /// # Errors
     ///
@@ -332,20 +286,20 @@ impl ExecOutput {
                     ExecEvent::Exit(json(&frame, FrameKind::Exit)?)
                 }
                 FrameKind::Window => {
-                    self.widen(&frame.payload)?;
+                    self.open_window(&frame.payload)?;
                     continue;
                 }
-                _ => return Err(HostError::Protocol("a frame that an exec does not have")),
+                _ => return Err(HostError::Protocol("a frame that does not belong to an exec")),
             }));
         }
     }
 
-    fn widen(&self, payload: &[u8]) -> Result<(), HostError> {
+    fn open_window(&self, payload: &[u8]) -> Result<(), HostError> {
         let taken =
             payload.try_into().map(u32::from_be_bytes).map_err(|_| HostError::Protocol("a malformed window"))?;
         let taken = taken as usize;
         if self.window.available_permits() + taken > STDIN_WINDOW {
-            return Err(HostError::Protocol("a window wider than it may be"));
+            return Err(HostError::Protocol("a window beyond its maximum"));
         }
         self.window.add_permits(taken);
         Ok(())
@@ -354,41 +308,39 @@ impl ExecOutput {
 
 impl Drop for ExecOutput {
     fn drop(&mut self) {
-        // Nobody is left who would widen the window.
+        // Nothing would open the window any more.
         self.window.close();
     }
 }
 
-/// An attached terminal: both halves may live in different tasks; the client leaves when both are dropped.
+/// An attached terminal. The two halves may be used in different tasks; dropping both detaches.
 #[derive(Debug)]
 pub struct AttachSession {
-    /// Towards the terminal.
     pub input: AttachInput,
-    /// From the terminal.
     pub output: AttachOutput,
 }
 
 /// A WebSocket frame of [`loom_api::attach`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AttachFrame {
-    /// Bytes.
+    /// Terminal input or output.
     Binary(Bytes),
-    /// Control, as JSON.
+    /// A control message as JSON.
     Text(String),
 }
 
-/// Towards an attached terminal.
+/// The sending half.
 #[derive(Debug)]
 pub struct AttachInput {
-    frames: Half,
+    frames: SendHalf,
 }
 
 impl AttachInput {
-    /// Sends a frame as the client sent it.
+    /// Forwards a client's frame.
     ///
     /// # Errors
     ///
-    /// [`HostError::Protocol`] when it is longer than [`MAX_LARGE_FRAME`]; the others of [`HostError`].
+    /// [`HostError::Protocol`] when it is longer than [`MAX_LARGE_FRAME`].
     pub async fn send(&mut self, frame: AttachFrame) -> Result<(), HostError> {
         let frame = match frame {
             AttachFrame::Binary(bytes) => Frame::new(FrameKind::Binary, bytes),
@@ -401,18 +353,14 @@ impl AttachInput {
     }
 }
 
-/// From an attached terminal.
+/// The receiving half.
 #[derive(Debug)]
 pub struct AttachOutput {
     frames: FramedRead<OwnedReadHalf, FrameCodec>,
 }
 
 impl AttachOutput {
-    /// The next frame for the client; `None` when the terminal has said its last. Cancel-safe.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// The next frame for the client; `None` after the last. Cancel-safe.
     pub async fn next(&mut self) -> Result<Option<AttachFrame>, HostError> {
         let Some(frame) = next(&mut self.frames).await? else {
             return Ok(None);
@@ -421,8 +369,8 @@ impl AttachOutput {
             FrameKind::Binary => Ok(Some(AttachFrame::Binary(frame.payload))),
             FrameKind::Text => String::from_utf8(frame.payload.into())
                 .map(|text| Some(AttachFrame::Text(text)))
-                .map_err(|_| HostError::Protocol("a text frame that is not text")),
-            _ => Err(HostError::Protocol("a frame that an attach does not have")),
+                .map_err(|_| HostError::Protocol("a text frame that is not UTF-8")),
+            _ => Err(HostError::Protocol("a frame that does not belong to an attach")),
         }
     }
 }
@@ -434,21 +382,17 @@ pub struct LogStream {
 }
 
 impl LogStream {
-    /// The next bytes; `None` when there are no more. Cancel-safe.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`HostError`].
+    /// The next bytes; `None` at the end. Cancel-safe.
     pub async fn next(&mut self) -> Result<Option<Bytes>, HostError> {
         match next(&mut self.frames).await? {
             None => Ok(None),
             Some(Frame { kind: FrameKind::Stdout, payload }) => Ok(Some(payload)),
-            Some(_) => Err(HostError::Protocol("a frame that logs do not have")),
+            Some(_) => Err(HostError::Protocol("a frame that does not belong to logs")),
         }
     }
 }
 
-/// The next frame; `None` at the end, also when the host closed without having read all that was sent to it.
+/// The next frame; `None` at the end, also when the host closed the connection without reading all that we sent.
 async fn next<R: AsyncRead + Unpin>(frames: &mut FramedRead<R, FrameCodec>) -> Result<Option<Frame>, HostError> {
     match frames.next().await.transpose() {
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
@@ -458,17 +402,17 @@ async fn next<R: AsyncRead + Unpin>(frames: &mut FramedRead<R, FrameCodec>) -> R
 
 fn json<T: serde::de::DeserializeOwned>(frame: &Frame, kind: FrameKind) -> Result<T, HostError> {
     if frame.kind != kind {
-        return Err(HostError::Protocol("a frame of another operation"));
+        return Err(HostError::Protocol("a frame of an unexpected kind"));
     }
-    serde_json::from_slice(&frame.payload).map_err(|_| HostError::Protocol("a frame that is not what its kind says"))
+    serde_json::from_slice(&frame.payload).map_err(|_| HostError::Protocol("a malformed frame"))
 }
 
-/// The sending half of a session. Dropping it does not shut the connection down: to the host that would be a client who
-/// has gone, while the other half may still be listening.
+/// The sending half of a session. Dropping it does not shut down the connection: the host would take that for a
+/// disconnect, while the other half may still be receiving.
 #[derive(Debug)]
-struct Half(Option<FramedWrite<OwnedWriteHalf, FrameCodec>>);
+struct SendHalf(Option<FramedWrite<OwnedWriteHalf, FrameCodec>>);
 
-impl Half {
+impl SendHalf {
     fn new(write: OwnedWriteHalf, codec: FrameCodec) -> Self {
         Self(Some(FramedWrite::new(write, codec)))
     }
@@ -482,7 +426,7 @@ impl Half {
     }
 }
 
-impl Drop for Half {
+impl Drop for SendHalf {
     fn drop(&mut self) {
         if let Some(sink) = self.0.take() {
             sink.into_inner().forget();

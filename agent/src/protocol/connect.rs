@@ -1,13 +1,13 @@
-//! Connecting to the host's socket, and to nothing else.
+//! Connects to the host's socket, and to nothing else.
 //!
 //! The run directory belongs to the user, who can put anything in place of the socket. The sidecar may see more than the
-//! user does (on the local backend, the whole machine), so it must not be led out of the directory: the socket is
-//! opened by descriptor without following links, and the connection goes to what was opened.
+//! user does (on the local backend, the whole machine), so it must not be led out of the directory: the socket is opened
+//! without following links, and the connection goes through that descriptor.
 //!
-//! Then the listener is checked. It must run as our own user. When the provisioner has named the host's process (on the
-//! local backend, where the sidecar sees it), it must be that process. In a Kubernetes pod the two containers have PID
-//! namespaces of their own, the kernel reports the listener's PID as 0, and the user is all that can be checked; there
-//! the sidecar sees no other pod's files either.
+//! Then the listener is checked. It must run as our own user. If the provisioner has named the host's process (on the
+//! local backend, where the sidecar sees it), it must be that process. In a Kubernetes pod the two containers have
+//! separate PID namespaces and the kernel reports the listener's PID as 0, so only the user can be checked; but there
+//! the sidecar cannot see other pods' files either.
 
 use std::{io, os::fd::AsRawFd as _, path::Path};
 
@@ -23,7 +23,7 @@ use super::SOCKET;
 ///
 /// # Errors
 ///
-/// `NotFound` and `ConnectionRefused` while no host listens, `PermissionDenied` when something else stands in its place.
+/// `NotFound` and `ConnectionRefused` while no host listens, `PermissionDenied` when something else listens in its place.
 pub(super) async fn connect(run_dir: &Path, host_pid: Option<i32>) -> io::Result<UnixStream> {
     let refused = |why: &str| io::Error::new(io::ErrorKind::PermissionDenied, why.to_owned());
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -32,7 +32,7 @@ pub(super) async fn connect(run_dir: &Path, host_pid: Option<i32>) -> io::Result
     if FileType::from_raw_mode(fstat(&socket)?.st_mode) != FileType::Socket {
         return Err(refused("it is not a socket"));
     }
-    // The name leads to the open file itself, whatever stands at its path by now (proc_pid_fd(5)).
+    // This name refers to the open file itself, whatever its path may lead to by now (proc_pid_fd(5)).
     let stream = UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await?;
     let listener = stream.peer_cred()?;
     if listener.uid() != geteuid().as_raw() {

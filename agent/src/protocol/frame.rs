@@ -9,7 +9,7 @@ use tokio_util::codec::{Decoder, Encoder};
 
 use super::{MAX_FRAME, MAX_LARGE_FRAME, MAX_MESSAGE};
 
-/// What a stream's frame carries.
+/// What a stream frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum FrameKind {
@@ -25,7 +25,7 @@ pub enum FrameKind {
     Stdout = 5,
     /// Exec, host: bytes of standard error.
     Stderr = 6,
-    /// Exec, host: `u32 BE`, so many bytes of standard input were taken.
+    /// Exec, host: `u32 BE`, the number of bytes of standard input that the program has read.
     Window = 7,
     /// Exec, host: an [`super::ExitStatus`] as JSON; the last frame.
     Exit = 8,
@@ -65,22 +65,21 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// A frame of bytes.
     pub fn new(kind: FrameKind, payload: impl Into<Bytes>) -> Self {
         Self { kind, payload: payload.into() }
     }
 
-    /// A frame of JSON.
+    /// A frame with JSON.
     ///
     /// # Panics
     ///
-    /// When `value` cannot be written as JSON, which none of the protocol's types can cause.
+    /// When `value` cannot be serialised, which does not happen with the protocol's types.
     pub fn json(kind: FrameKind, value: &impl Serialize) -> Self {
         Self::new(kind, serde_json::to_vec(value).expect("the protocol's types are always representable as JSON"))
     }
 }
 
-/// Frames as bytes: `u8 kind | u32 BE length | payload`, the payload no longer than a limit.
+/// Encodes frames as `u8 kind | u32 BE length | payload`, with a maximum length.
 #[derive(Debug, Clone, Copy)]
 pub struct FrameCodec {
     limit: usize,
@@ -140,10 +139,6 @@ impl Encoder<Frame> for FrameCodec {
 }
 
 /// Reads one length-prefixed JSON message, and not a byte more.
-///
-/// # Errors
-///
-/// The connection's own, and `InvalidData` when the message is too long or not what it should be.
 pub async fn read_message<T: DeserializeOwned>(reader: &mut (impl AsyncRead + Unpin)) -> io::Result<T> {
     let length = reader.read_u32().await? as usize;
     if length > MAX_MESSAGE {
@@ -151,24 +146,16 @@ pub async fn read_message<T: DeserializeOwned>(reader: &mut (impl AsyncRead + Un
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).await?;
-    // The error's text could quote the message, and there are secrets in some.
+    // The error's text could quote the message, which may contain secrets.
     serde_json::from_slice(&body).map_err(|_| invalid("a message that is not one of this protocol's"))
 }
 
 /// Writes one length-prefixed JSON message.
-///
-/// # Errors
-///
-/// The connection's own, and `InvalidData` when the message is too long.
 pub async fn write_message(writer: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) -> io::Result<()> {
     writer.write_all(&encode_message(message)?).await
 }
 
-/// One length-prefixed JSON message as bytes.
-///
-/// # Errors
-///
-/// `InvalidData` when the message is too long.
+/// Encodes one length-prefixed JSON message.
 pub fn encode_message(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let body = serde_json::to_vec(message)?;
     if body.len() > MAX_MESSAGE {

@@ -1,4 +1,4 @@
-//! SFTP version 3 on the wire (draft-ietf-secsh-filexfer-02), with names as the bytes that they are.
+//! The wire format of SFTP version 3 (draft-ietf-secsh-filexfer-02). File names are bytes, not text.
 
 use std::{ffi::OsStr, fs::Metadata, io, os::unix::ffi::OsStrExt as _, os::unix::fs::MetadataExt as _, path::Path};
 
@@ -50,7 +50,7 @@ pub(super) enum Status {
     Unsupported = 8,
 }
 
-/// What makes a request fail: a status, and words.
+/// Why a request fails.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) status: Status,
@@ -62,7 +62,7 @@ impl Refusal {
         Self { status, message: message.into() }
     }
 
-    /// A request that ends before it should.
+    /// The request is truncated.
     pub(super) fn malformed() -> Self {
         Self::new(Status::BadMessage, "Bad message")
     }
@@ -92,7 +92,7 @@ impl From<rustix::io::Errno> for Refusal {
     }
 }
 
-/// The fields of a request, read one after the other.
+/// Parses the fields of a request in order.
 pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -119,13 +119,13 @@ impl<'a> Fields<'a> {
         self.take(usize::try_from(length).map_err(|_| Refusal::malformed())?)
     }
 
-    /// A path; the empty one is where the server stands.
+    /// A path; an empty one is the working directory.
     pub(super) fn path(&mut self) -> Result<&'a Path, Refusal> {
         let bytes = self.string()?;
         Ok(Path::new(OsStr::from_bytes(if bytes.is_empty() { b"." } else { bytes })))
     }
 
-    /// A handle that [`Reply::handle`] gave out.
+    /// A handle from [`Reply::handle`].
     pub(super) fn handle(&mut self) -> Result<u32, Refusal> {
         self.string()?.try_into().map(u32::from_be_bytes).map_err(|_| Refusal::new(Status::Failure, "No such handle"))
     }
@@ -150,7 +150,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A file's attributes, those that are given (§5).
+/// A file's attributes; absent ones are `None` (§5).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Attributes {
     pub(super) size: Option<u64>,
@@ -158,7 +158,7 @@ pub(super) struct Attributes {
     pub(super) owner: Option<(u32, u32)>,
     /// The mode, with the file's type.
     pub(super) permissions: Option<u32>,
-    /// Last access and last change, in seconds.
+    /// Last access and last modification, in seconds since the epoch.
     pub(super) times: Option<(u32, u32)>,
 }
 
@@ -171,7 +171,7 @@ impl Attributes {
 
 impl From<&Metadata> for Attributes {
     fn from(metadata: &Metadata) -> Self {
-        // Times are 32 bits wide in this version of the protocol.
+        // Times have 32 bits in this version of the protocol.
         let seconds = |time: i64| u32::try_from(time).unwrap_or_default();
         Self {
             size: Some(metadata.size()),
@@ -182,7 +182,7 @@ impl From<&Metadata> for Attributes {
     }
 }
 
-/// A reply being written: its length is put before it at the end.
+/// A reply under construction; [`Self::into_packet`] fills in its length.
 pub(super) struct Reply(Vec<u8>);
 
 impl Reply {
@@ -215,7 +215,7 @@ impl Reply {
         Self::of(reply::ATTRS, id).attributes_field(attributes)
     }
 
-    /// File names, each with a line as `ls -l` prints it, and attributes.
+    /// File names, each with a line as in `ls -l` and attributes.
     pub(super) fn names(id: u32, names: &[(Vec<u8>, Vec<u8>, Attributes)]) -> Self {
         let count = u32::try_from(names.len()).expect("a reply holds a bounded number of names");
         names.iter().fold(Self::of(reply::NAME, id).u32(count), |reply, (name, line, attributes)| {

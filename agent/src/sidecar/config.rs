@@ -1,4 +1,4 @@
-//! The sidecar's settings: environment variables that the provisioner sets, checked completely before anything starts.
+//! The sidecar's settings: environment variables set by the provisioner, all checked before anything starts.
 
 use std::{
     ffi::OsString,
@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use loom_api::{WeaverId, client::Client};
 
-/// The variables that there are; another one that begins like them is a mistake.
+/// All settings. Any other variable that begins with `LOOM_` is an error.
 const KNOWN: [&str; 9] = [
     "LOOM_WEAVER_ID",
     "LOOM_SERVER_URL",
@@ -23,37 +23,35 @@ const KNOWN: [&str; 9] = [
     "LOOM_FILE_REPOSITORIES",
 ];
 
-/// What the sidecar is told by its provisioner.
 pub(crate) struct Config {
-    /// The weaver.
     pub(crate) weaver: WeaverId,
-    /// The server, without a token.
+    /// A client without a token.
     pub(crate) server: Client,
-    /// Holds the credential for registration; it is replaced from time to time.
+    /// Contains the credential for registration; Kubernetes replaces it from time to time.
     pub(crate) credential_file: PathBuf,
     /// The directory of the host's socket.
     pub(crate) run_dir: PathBuf,
-    /// The host's process, where the sidecar can see it.
+    /// The host's process id, on backends where the sidecar can see it.
     pub(crate) host_pid: Option<i32>,
-    /// The workspace as the sidecar sees it.
+    /// The workspace's path in the sidecar's file system.
     pub(crate) workspace_dir: PathBuf,
-    /// Local addresses for UDP; none is a weaver that is reached over the relay only.
+    /// Local addresses for UDP; if empty, the weaver is reached only over the relay.
     pub(crate) udp: Vec<SocketAddr>,
-    /// Directories that `file://` repositories may be in; none where the sidecar is not on the server's machine.
+    /// Directories that `file://` repositories may be in; empty except on the local backend.
     pub(crate) file_repositories: Vec<PathBuf>,
 }
 
 impl Config {
-    /// Reads the settings from an environment.
+    /// Reads the settings from the environment.
     ///
     /// # Errors
     ///
-    /// When a variable is missing, unknown, or cannot be what it should be.
+    /// When a variable is missing, unknown, or invalid.
     pub(crate) fn from_env(env: impl IntoIterator<Item = (OsString, OsString)>) -> anyhow::Result<Self> {
         let mut found = Vec::new();
         for (name, value) in env {
             let Some(name) = name.to_str().filter(|name| name.starts_with("LOOM_")) else { continue };
-            // Kubernetes tells every container of the services around it, under their names.
+            // Kubernetes adds variables for the services in the namespace, named after them.
             if name.contains("_SERVICE_") || name.contains("_PORT") {
                 continue;
             }
@@ -99,7 +97,7 @@ impl fmt::Display for Config {
     }
 }
 
-/// `off`, or addresses with commas between them; any port on every interface when nothing is said.
+/// `off`, or addresses separated by commas; by default any port on all interfaces.
 fn udp_addresses(setting: Option<&str>) -> anyhow::Result<Vec<SocketAddr>> {
     match setting {
         None | Some("") => Ok(vec![(Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::UNSPECIFIED, 0).into()]),

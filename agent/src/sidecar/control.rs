@@ -1,8 +1,8 @@
-//! The control link: one WebSocket to the server, kept up as long as the sidecar lives.
+//! The control link: one WebSocket to the server, maintained as long as the sidecar runs.
 //!
-//! Everything said on it is level-triggered or kept until it is said: the status and a failure are stated anew on every
-//! connection, and events wait in a bounded queue while there is none. When the token is refused the sidecar registers
-//! again with the keys it has, so the sessions in the tunnel go on.
+//! Everything sent on it is level-triggered or queued: the status and a failure are sent again on every connection, and
+//! events wait in a bounded queue while there is none. When the token is refused the sidecar registers again with the
+//! same keys, so the sessions in the tunnel go on.
 
 use std::{future::Future, ops::ControlFlow, sync::Arc, time::Duration};
 
@@ -21,38 +21,38 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::{
     Sidecar,
-    identity::{BackOff, is_refused_token, jitter},
+    identity::{Backoff, is_refused_token, jitter},
     streams,
 };
 use crate::protocol::HostState;
 
-/// Messages that wait for the link; who finds the queue full waits too, or gives up what it wanted to say.
-pub(crate) const OUTBOX: usize = 256;
-/// After so long without a word, pings included, the link is dead.
-const SILENCE: Duration = Duration::from_secs(40);
-/// Between two looks at the load and at the machine's addresses.
-const LOOK: Duration = Duration::from_secs(30);
-/// A link that stood so long was a good one: the pauses begin anew.
-const GOOD: Duration = Duration::from_secs(10);
-/// How long the server may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
-/// Streams that are dialled or open at once.
-const MOST_STREAMS: usize = 256;
+/// Messages waiting for the link. When the queue is full, senders wait or drop their message.
+pub(crate) const OUTBOX_SIZE: usize = 256;
+/// A link on which nothing arrives for this long, not even a ping, is dead.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(40);
+/// Between checks of the load and of the machine's addresses.
+const CHECK_INTERVAL: Duration = Duration::from_secs(30);
+/// A link that lasted this long resets the backoff.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
+/// For the server to answer a close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Concurrent streams, including those being dialled.
+const MAX_STREAMS: usize = 256;
 
-/// What the link says, and what it carries for others.
+/// The control link and the streams that the server has asked for.
 pub(crate) struct Control {
     sidecar: Arc<Sidecar>,
     outbox: mpsc::Receiver<AgentMessage>,
-    /// Taken from the queue and not sent yet.
+    /// Taken from the queue, but not sent yet.
     unsent: Option<AgentMessage>,
     streams: JoinSet<()>,
 }
 
-/// Why a link ended.
-enum Ended {
-    /// The sidecar is to end, and has said what it had to say.
+/// Why a connection ended, other than with an error.
+enum LinkEnd {
+    /// The sidecar is stopping, and has sent everything.
     Stopping,
-    /// The server wants us back after a while.
+    /// The server asked us to reconnect after this time.
     GoAway(Duration),
 }
 
@@ -61,12 +61,12 @@ impl Control {
         Self { sidecar, outbox, unsent: None, streams: JoinSet::new() }
     }
 
-    /// Keeps the link up until the sidecar stops and nothing is left to be said.
+    /// Maintains the link until the sidecar stops and everything is sent.
     pub(crate) async fn run(mut self) {
         let sidecar = Arc::clone(&self.sidecar);
-        let mut pause = BackOff::default();
+        let mut pause = Backoff::default();
         loop {
-            if sidecar.stopping.is_cancelled() && !sidecar.has_last_words() {
+            if sidecar.stopping.is_cancelled() && !sidecar.has_unsent_reports() {
                 return;
             }
             let client = sidecar.client();
@@ -74,33 +74,33 @@ impl Control {
                 Ok(mut socket) => {
                     let since = Instant::now();
                     let ended = self.link(&mut socket).await;
-                    if since.elapsed() >= GOOD {
-                        pause = BackOff::default();
+                    if since.elapsed() >= STABLE_AFTER {
+                        pause = Backoff::default();
                     }
                     match ended {
-                        Ok(Ended::Stopping) => return,
-                        Ok(Ended::GoAway(after)) => {
-                            tracing::info!("the server goes down for a moment");
-                            pause = BackOff::default();
-                            self.rest(tokio::time::sleep(after + jitter(Duration::from_millis(500)))).await;
+                        Ok(LinkEnd::Stopping) => return,
+                        Ok(LinkEnd::GoAway(after)) => {
+                            tracing::info!("the server is restarting");
+                            pause = Backoff::default();
+                            self.wait_for(tokio::time::sleep(after + jitter(Duration::from_millis(500)))).await;
                             continue;
                         }
                         Err(error) => tracing::info!("the control link ended: {error:#}"),
                     }
                 }
                 Err(error) if is_refused_token(&error) => {
-                    tracing::info!("the token is refused: registering again");
+                    tracing::info!("the server refused the token; registering again");
                     let registered = sidecar.identity.register(&sidecar.config).await;
                     sidecar.registered(&registered);
                 }
                 Err(error) => tracing::info!("cannot open the control link: {error}"),
             }
-            self.rest(pause.wait()).await;
+            self.wait_for(pause.wait()).await;
         }
     }
 
-    /// Waits, and meanwhile goes on with the streams. The end of the sidecar cuts it short when it begins.
-    async fn rest(&mut self, pause: impl Future<Output = ()>) {
+    /// Waits for `pause` while the streams go on. Returns early when the sidecar begins to stop.
+    async fn wait_for(&mut self, pause: impl Future<Output = ()>) {
         let stopping = self.sidecar.stopping.clone();
         let already = stopping.is_cancelled();
         tokio::pin!(pause);
@@ -113,15 +113,15 @@ impl Control {
         }
     }
 
-    /// One connection, to its end.
-    async fn link(&mut self, socket: &mut WebSocket) -> anyhow::Result<Ended> {
+    /// Runs one connection until it ends.
+    async fn link(&mut self, socket: &mut WebSocket) -> anyhow::Result<LinkEnd> {
         let sidecar = Arc::clone(&self.sidecar);
         let mut state = sidecar.state.subscribe();
         let mut failed = sidecar.failed.subscribe();
         let mut candidates = Vec::new();
         let mut welcomed = false;
-        let mut look = interval_at(Instant::now() + LOOK, LOOK);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut check = interval_at(Instant::now() + CHECK_INTERVAL, CHECK_INTERVAL);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
         loop {
             tokio::select! {
@@ -132,10 +132,10 @@ impl Control {
                             let Some(message) = read(&text) else { continue };
                             let first = matches!(message, ServerMessage::Welcome { .. }) && !welcomed;
                             if !first && !welcomed {
-                                bail!("the server's first word was no welcome");
+                                bail!("the server's first message was not a welcome");
                             }
                             if let ControlFlow::Break(after) = self.receive(socket, message).await? {
-                                return Ok(Ended::GoAway(after));
+                                return Ok(LinkEnd::GoAway(after));
                             }
                             if first {
                                 welcomed = true;
@@ -150,37 +150,37 @@ impl Control {
                         _ => {}
                     }
                 }
-                () = sleep_until(heard + SILENCE) => bail!("nothing was heard for {SILENCE:?}"),
+                () = sleep_until(heard + SILENCE_TIMEOUT) => bail!("the server was silent for {SILENCE_TIMEOUT:?}"),
                 changed = state.changed(), if welcomed => {
                     changed.context("the state's owner is gone")?;
-                    self.tell_status(socket, &mut state).await?;
+                    self.send_status(socket, &mut state).await?;
                 }
                 changed = failed.changed(), if welcomed => {
                     changed.context("the state's owner is gone")?;
-                    self.tell_failure(socket, &mut failed).await?;
+                    self.send_failure(socket, &mut failed).await?;
                 }
                 message = next(&mut self.unsent, &mut self.outbox), if welcomed => {
                     send(socket, self.unsent.insert(message)).await?;
                     self.unsent = None;
                 }
-                _ = look.tick(), if welcomed => {
+                _ = check.tick(), if welcomed => {
                     let now = sidecar.tunnel.candidates();
                     if now != candidates {
                         sidecar.tunnel.network_changed();
                         candidates = now;
                         send(socket, &AgentMessage::Candidates { candidates: candidates.clone() }).await?;
                     }
-                    self.tell_status(socket, &mut state).await?;
+                    self.send_status(socket, &mut state).await?;
                 }
                 Some(_) = self.streams.join_next() => {}
                 () = sidecar.stopping.cancelled(), if welcomed => {
-                    return self.last_words(socket, &mut state, &mut failed).await;
+                    return self.send_final_reports(socket, &mut state, &mut failed).await;
                 }
             }
         }
     }
 
-    /// Does what the server says; breaks off with the time after which it wants us back.
+    /// Handles a message; breaks with the time after which to reconnect if the server is restarting.
     async fn receive(
         &mut self,
         socket: &mut WebSocket,
@@ -190,17 +190,17 @@ impl Control {
         match message {
             ServerMessage::Welcome { start, grants, more } => {
                 sidecar.grants.replace(grants, more);
-                // Only the first counts: what runs does not change any more.
+                // Only the first welcome counts: the main program does not change.
                 sidecar.start.send_if_modified(|wanted| wanted.is_none() && wanted.replace(start).is_none());
             }
-            ServerMessage::Grants { grants, more } => sidecar.grants.and(grants, more),
+            ServerMessage::Grants { grants, more } => sidecar.grants.add_page(grants, more),
             ServerMessage::Grant { serial, grant } => {
                 if sidecar.grants.add(grant) {
                     send(socket, &AgentMessage::GrantApplied { serial }).await?;
                 }
             }
             ServerMessage::Revoke { public_key } => sidecar.grants.revoke(public_key),
-            ServerMessage::OpenStream { stream, kind } if self.streams.len() < MOST_STREAMS => {
+            ServerMessage::OpenStream { stream, kind } if self.streams.len() < MAX_STREAMS => {
                 self.streams.spawn(streams::run(Arc::clone(sidecar), stream, kind));
             }
             ServerMessage::OpenStream { stream, .. } => {
@@ -211,14 +211,14 @@ impl Control {
                 sidecar.deadline.send_replace(Some(expires_at));
             }
             ServerMessage::GoAway { reconnect_after_ms } => {
-                let after = Duration::from_millis(reconnect_after_ms).min(SILENCE);
+                let after = Duration::from_millis(reconnect_after_ms).min(SILENCE_TIMEOUT);
                 return Ok(ControlFlow::Break(after));
             }
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    async fn tell_status(&self, socket: &mut WebSocket, state: &mut watch::Receiver<HostState>) -> anyhow::Result<()> {
+    async fn send_status(&self, socket: &mut WebSocket, state: &mut watch::Receiver<HostState>) -> anyhow::Result<()> {
         let state = state.borrow_and_update().clone();
         let exited = matches!(state.main, MainState::Exited { .. });
         send(socket, &AgentMessage::Status(AgentStatus { main: state.main, ports: state.ports, load: load() })).await?;
@@ -228,7 +228,7 @@ impl Control {
         Ok(())
     }
 
-    async fn tell_failure(
+    async fn send_failure(
         &self,
         socket: &mut WebSocket,
         failed: &mut watch::Receiver<Option<String>>,
@@ -240,28 +240,28 @@ impl Control {
         Ok(())
     }
 
-    /// Says what has not been said, and waits until the server has heard it.
-    async fn last_words(
+    /// Sends everything that is not sent yet, and waits until the server has received it.
+    async fn send_final_reports(
         &mut self,
         socket: &mut WebSocket,
         state: &mut watch::Receiver<HostState>,
         failed: &mut watch::Receiver<Option<String>>,
-    ) -> anyhow::Result<Ended> {
+    ) -> anyhow::Result<LinkEnd> {
         while let Some(message) = self.unsent.take().or_else(|| self.outbox.try_recv().ok()) {
             send(socket, &message).await?;
         }
-        self.tell_failure(socket, failed).await?;
-        self.tell_status(socket, state).await?;
-        let goodbye = async {
+        self.send_failure(socket, failed).await?;
+        self.send_status(socket, state).await?;
+        let close = async {
             socket.close(None).await?;
             while let Some(frame) = socket.next().await {
                 frame?;
             }
             anyhow::Ok(())
         };
-        // The server may have gone first; all was sent.
-        let _ = timeout(GOODBYE, goodbye).await;
-        Ok(Ended::Stopping)
+        // The server may have closed the connection first; everything was sent.
+        let _ = timeout(CLOSE_TIMEOUT, close).await;
+        Ok(LinkEnd::Stopping)
     }
 }
 
@@ -277,17 +277,19 @@ async fn next(unsent: &mut Option<AgentMessage>, outbox: &mut mpsc::Receiver<Age
 }
 
 fn read(text: &str) -> Option<ServerMessage> {
-    // The error's text could quote the message, and there are secrets in some.
+    // The error's text could quote the message, which may contain secrets.
     let message = serde_json::from_str(text).ok();
     if message.is_none() {
-        tracing::warn!("a control message that cannot be read; is the server newer?");
+        tracing::warn!("ignoring an unknown control message; is the server newer?");
     }
     message
 }
 
 async fn send(socket: &mut WebSocket, message: &AgentMessage) -> anyhow::Result<()> {
     let text = serde_json::to_string(message)?;
-    Ok(timeout(SILENCE, socket.send(Message::Text(text.into()))).await.context("the server takes nothing")??)
+    Ok(timeout(SILENCE_TIMEOUT, socket.send(Message::Text(text.into())))
+        .await
+        .context("the server does not read")??)
 }
 
 /// The load average over one minute.

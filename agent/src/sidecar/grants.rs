@@ -1,7 +1,7 @@
-//! Who may come in: the tunnel's peers as the server grants them.
+//! The grants of the server: the devices that are admitted as peers of the tunnel.
 //!
-//! The set is level-triggered: each welcome states all of it, so what a lost connection missed is made good by the
-//! next. A grant that has run out is taken away here, whether or not the server can be reached.
+//! The set is level-triggered: each welcome has all of it, so nothing is lost with a connection. An expired grant is
+//! removed here, whether or not the server is reachable.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,20 +17,20 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
-/// The longest that is slept without a look at the clock, which may be set anew meanwhile.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// The clock is checked at least this often, because it may be changed.
+const MAX_SLEEP: Duration = Duration::from_secs(60);
 
-/// Where peers are admitted and removed.
+/// Adds and removes peers; implemented by [`Tunnel`].
 pub(crate) trait Peers: Send + Sync + 'static {
-    /// Admits or changes a peer.
+    /// Adds or updates a peer.
     fn admit(&self, peer: PeerConfig);
-    /// Removes a peer, and cuts its connections.
+    /// Removes a peer, and resets its connections.
     fn remove(&self, key: &PublicKey);
 }
 
 impl Peers for Tunnel {
     fn admit(&self, peer: PeerConfig) {
-        // Devices begin the handshake, since it is they who want something.
+        // Devices initiate the handshake.
         self.add_peer(peer, false);
     }
 
@@ -43,7 +43,7 @@ impl Peers for Tunnel {
 pub(crate) struct Grants<P = Tunnel> {
     peers: P,
     held: Mutex<HashMap<WireGuardKey, Held>>,
-    /// Held from before a welcome, and not named by it so far.
+    /// Grants from before the current welcome that its pages have not named so far.
     stale: Mutex<HashSet<WireGuardKey>>,
     changed: Notify,
 }
@@ -55,7 +55,6 @@ struct Held {
 }
 
 impl<P: Peers> Grants<P> {
-    /// No grants yet.
     pub(crate) fn new(peers: P) -> Self {
         Self { peers, held: Mutex::default(), stale: Mutex::default(), changed: Notify::new() }
     }
@@ -68,14 +67,14 @@ impl<P: Peers> Grants<P> {
         self.stale.lock()
     }
 
-    /// Makes the grants exactly these, and those that follow by [`Self::and`] when there are more.
+    /// Replaces all grants by these, and if there are more by those that follow in [`Self::add_page`].
     pub(crate) fn replace(&self, grants: Vec<Grant>, more: bool) {
         *self.stale() = self.held().keys().copied().collect();
-        self.and(grants, more);
+        self.add_page(grants, more);
     }
 
-    /// Another page of all grants. After the last, what none of them named is removed.
-    pub(crate) fn and(&self, grants: Vec<Grant>, more: bool) {
+    /// Adds a page of grants. After the last, removes the grants that no page named.
+    pub(crate) fn add_page(&self, grants: Vec<Grant>, more: bool) {
         for grant in grants {
             self.add(grant);
         }
@@ -87,7 +86,7 @@ impl<P: Peers> Grants<P> {
         }
     }
 
-    /// Admits one more peer, or changes it; whether it is admitted now.
+    /// Adds or updates a peer; returns whether it is admitted.
     pub(crate) fn add(&self, grant: Grant) -> bool {
         let key = grant.public_key;
         self.stale().remove(&key);
@@ -100,7 +99,7 @@ impl<P: Peers> Grants<P> {
             return true;
         }
         let Some(preshared_key) = preshared_key(&grant) else {
-            tracing::warn!(peer = %key, "a grant without a usable pre-shared key");
+            tracing::warn!(peer = %key, "ignoring a grant without a valid pre-shared key");
             return false;
         };
         tracing::info!(peer = %key, user = grant.user, address = %grant.address, "a device is admitted");
@@ -110,7 +109,7 @@ impl<P: Peers> Grants<P> {
             address: grant.address,
             candidates: grant.candidates.clone(),
         });
-        // The address belongs to one device: whoever had it before is replaced in the tunnel too.
+        // An address belongs to one device; the tunnel also replaces a previous holder.
         held.retain(|_, other| other.grant.address != grant.address || other.grant.public_key == key);
         let user = grant.user.as_str().into();
         held.insert(key, Held { grant, user });
@@ -119,7 +118,6 @@ impl<P: Peers> Grants<P> {
         true
     }
 
-    /// Removes a peer.
     pub(crate) fn revoke(&self, key: WireGuardKey) {
         if self.held().remove(&key).is_some() {
             tracing::info!(peer = %key, "a device is removed");
@@ -127,16 +125,16 @@ impl<P: Peers> Grants<P> {
         self.peers.remove(&PublicKey::from(key.0));
     }
 
-    /// The user whose device a peer is.
+    /// The user who owns a peer's device.
     pub(crate) fn user(&self, peer: &PublicKey) -> Option<Arc<str>> {
         self.held().get(&WireGuardKey(peer.to_bytes())).map(|held| Arc::clone(&held.user))
     }
 
-    /// Removes peers whose time has come, for ever.
+    /// Removes peers when their grants expire; never returns.
     pub(crate) async fn expire(&self) {
         loop {
             let next = self.remove_expired(Timestamp::now());
-            let pause = next.map_or(LONGEST_SLEEP, |next| until(next).min(LONGEST_SLEEP));
+            let pause = next.map_or(MAX_SLEEP, |next| until(next).min(MAX_SLEEP));
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.changed.notified() => {}
@@ -144,7 +142,7 @@ impl<P: Peers> Grants<P> {
         }
     }
 
-    /// Removes what has run out; when the next one will.
+    /// Removes expired grants; returns when the next one expires.
     fn remove_expired(&self, now: Timestamp) -> Option<Timestamp> {
         let expired: Vec<_> = self
             .held()
@@ -159,7 +157,7 @@ impl<P: Peers> Grants<P> {
     }
 }
 
-/// How long it is until then; nothing when it is past.
+/// The time until then; zero if it is past.
 pub(crate) fn until(then: Timestamp) -> Duration {
     Duration::try_from(then.duration_since(Timestamp::now())).unwrap_or_default()
 }
@@ -228,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_run_out_is_not_admitted() {
+    fn an_expired_grant_is_not_admitted() {
         let grants = Grants::new(Recorder::default());
         assert!(!grants.add(grant(1, -1)));
         assert!(admitted(&grants).is_empty());
@@ -238,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_leaves_when_its_time_comes() {
+    fn a_peer_is_removed_when_its_grant_expires() {
         let grants = Grants::new(Recorder::default());
         grants.replace(vec![grant(1, 10), grant(2, 100)], false);
         let later = Timestamp::now() + SignedDuration::from_secs(20);

@@ -1,4 +1,4 @@
-//! Who the sidecar is: keys made in memory at start, and the registration that makes them the weaver's.
+//! The sidecar's identity: keys made in memory at start, and the registration that ties them to the weaver.
 
 use std::time::Duration;
 
@@ -18,24 +18,17 @@ use zeroize::Zeroizing;
 
 use super::config::Config;
 
-/// The pauses between two tries of anything that the server must answer: doubled from the first to the second.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// The pauses between retries double from the first to the second.
+const MIN_PAUSE: Duration = Duration::from_millis(100);
+const MAX_PAUSE: Duration = Duration::from_secs(10);
 
-/// The sidecar's keys. They live as long as the process, so that a new registration changes nothing for its peers.
+/// The sidecar's keys. They live as long as the process, so that a new registration does not affect its peers.
 pub(crate) struct Identity {
-    /// The tunnel's key.
     pub(crate) wireguard: StaticSecret,
-    /// The SSH server's host key.
     pub(crate) ssh: PrivateKey,
 }
 
 impl Identity {
-    /// Makes new keys.
-    ///
-    /// # Errors
-    ///
-    /// When the system has no random numbers.
     pub(crate) fn generate() -> anyhow::Result<Self> {
         let ssh = KeypairData::from(Ed25519Keypair::from_seed(&*random_key()?));
         Ok(Self {
@@ -44,14 +37,13 @@ impl Identity {
         })
     }
 
-    /// The public half of the tunnel's key.
     pub(crate) fn public_key(&self) -> WireGuardKey {
         WireGuardKey(PublicKey::from(&self.wireguard).to_bytes())
     }
 
     /// Registers with the server, retrying until it succeeds. Cancel-safe.
     pub(crate) async fn register(&self, config: &Config) -> Registered {
-        let mut pause = BackOff::default();
+        let mut pause = Backoff::default();
         loop {
             match self.try_to_register(config).await {
                 Ok(registered) => {
@@ -65,7 +57,7 @@ impl Identity {
     }
 
     async fn try_to_register(&self, config: &Config) -> anyhow::Result<Registered> {
-        // Read anew each time: Kubernetes replaces a projected token before it expires.
+        // Read each time, because Kubernetes replaces a projected token before it expires.
         let credential = tokio::fs::read_to_string(&config.credential_file).await.map(Zeroizing::new);
         let credential = credential.with_context(|| config.credential_file.display().to_string())?;
         if credential.trim().is_empty() {
@@ -85,47 +77,49 @@ impl Identity {
     }
 }
 
-/// Whether the server no longer takes our token.
+/// Whether the server refused the token.
 pub(crate) fn is_refused_token(error: &ClientError) -> bool {
     error.code() == Some(ErrorCode::Unauthorized)
 }
 
-/// The client that carries a registration's token.
+/// A client with the registration's token.
 pub(crate) fn client(config: &Config, registered: &Registered) -> Client {
     config.server.with_token(registered.token.clone())
 }
 
 fn random_key() -> anyhow::Result<Zeroizing<[u8; 32]>> {
     let mut bytes = Zeroizing::new([0; 32]);
-    SystemRandom::new().fill(&mut *bytes).map_err(|_| anyhow::anyhow!("the system has no random numbers"))?;
+    SystemRandom::new()
+        .fill(&mut *bytes)
+        .map_err(|_| anyhow::anyhow!("the operating system provides no random bytes"))?;
     Ok(bytes)
 }
 
-/// Pauses that double, each shortened by up to half at random, so that a server which comes back is not met by
-/// everybody at once.
-pub(crate) struct BackOff {
+/// Exponential backoff with jitter: each pause is randomly shortened by up to half, so that agents do not all reconnect
+/// to a restarted server at once.
+pub(crate) struct Backoff {
     next: Duration,
 }
 
-impl Default for BackOff {
+impl Default for Backoff {
     fn default() -> Self {
-        Self { next: FIRST_PAUSE }
+        Self { next: MIN_PAUSE }
     }
 }
 
-impl BackOff {
-    /// Waits for the next pause.
+impl Backoff {
+    /// Sleeps for the next pause.
     pub(crate) async fn wait(&mut self) {
         let pause = jitter(self.next);
-        self.next = (self.next * 2).min(LONGEST_PAUSE);
+        self.next = (self.next * 2).min(MAX_PAUSE);
         tokio::time::sleep(pause).await;
     }
 }
 
-/// Between half of a duration and the whole of it.
+/// A random duration between half of the given one and all of it.
 pub(crate) fn jitter(duration: Duration) -> Duration {
     let mut byte = [0];
-    // Without random numbers it is merely the whole.
+    // If this fails, the duration is not shortened.
     let _ = SystemRandom::new().fill(&mut byte);
     duration - duration.mul_f64(f64::from(byte[0]) / 510.0)
 }
@@ -144,8 +138,8 @@ mod tests {
     #[test]
     fn pauses_are_shortened_by_at_most_half() {
         for _ in 0..100 {
-            let pause = jitter(LONGEST_PAUSE);
-            assert!(pause >= LONGEST_PAUSE / 2 && pause <= LONGEST_PAUSE, "{pause:?}");
+            let pause = jitter(MAX_PAUSE);
+            assert!(pause >= MAX_PAUSE / 2 && pause <= MAX_PAUSE, "{pause:?}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Connections that devices open to the weaver's address in the tunnel.
+//! Connections from devices to the weaver's address in the tunnel.
 //!
-//! Port 22 is the SSH server and port 1 the port report; both are answered here. Every other port belongs to the
-//! weaver's own programs: the host connects to it where they run, and only then is the device's connection accepted, so
-//! that a port on which nobody listens is refused as it would be on any machine.
+//! Port 22 is the SSH server and port 1 the port report, both served by the sidecar. All other ports are those of the
+//! user's programs: the host first connects to the program, and only then is the device's connection accepted, so that a
+//! closed port refuses connections as on any machine.
 
 use std::{net::Ipv6Addr, sync::Arc};
 
@@ -16,10 +16,10 @@ use tokio::{
 use super::{Sidecar, ssh};
 use crate::protocol::HostError;
 
-/// Connections at once; further ones are refused.
-const MOST_CONNECTIONS: usize = 512;
+/// Concurrent connections; more are refused.
+const MAX_CONNECTIONS: usize = 512;
 
-/// Serves what comes in until the tunnel ends.
+/// Serves incoming connections until the tunnel ends.
 pub(crate) async fn serve(sidecar: Arc<Sidecar>, address: Ipv6Addr, mut incoming: Incoming) {
     let mut connections = JoinSet::new();
     loop {
@@ -28,8 +28,8 @@ pub(crate) async fn serve(sidecar: Arc<Sidecar>, address: Ipv6Addr, mut incoming
             Some(_) = connections.join_next() => continue,
         };
         let Some(connection) = connection else { break };
-        if connections.len() >= MOST_CONNECTIONS {
-            tracing::warn!("too many connections: one is refused");
+        if connections.len() >= MAX_CONNECTIONS {
+            tracing::warn!("too many connections; refusing one");
             connection.refuse();
             continue;
         }
@@ -39,7 +39,7 @@ pub(crate) async fn serve(sidecar: Arc<Sidecar>, address: Ipv6Addr, mut incoming
 }
 
 async fn answer(sidecar: Arc<Sidecar>, address: Ipv6Addr, connection: IncomingConnection) {
-    // Revoked between its packet and now.
+    // The grant may have been revoked since the packet arrived.
     let Some(user) = sidecar.grants.user(&connection.peer) else { return connection.refuse() };
     let port = connection.port;
     let ended = match port {
@@ -58,7 +58,7 @@ async fn answer(sidecar: Arc<Sidecar>, address: Ipv6Addr, connection: IncomingCo
     }
 }
 
-/// Joins a connection to the program that listens on its port.
+/// Forwards a connection to the program that listens on its port.
 async fn forward(sidecar: &Sidecar, connection: IncomingConnection) -> anyhow::Result<()> {
     let mut local = match sidecar.host.dial(connection.port).await {
         Ok(local) => local,
@@ -73,14 +73,14 @@ async fn forward(sidecar: &Sidecar, connection: IncomingConnection) -> anyhow::R
     let mut remote = connection.accept().await?;
     let ended = splice(&mut local, &mut remote).await;
     if ended.is_err() {
-        // A clean end would pass for the whole of the data.
+        // Reset it: a clean close would look like the end of the data.
         let _ = local.set_zero_linger();
     }
     ended?;
     Ok(())
 }
 
-/// Tells which ports the weaver listens on, at once and at every change, until the device has gone.
+/// Reports the ports that the weaver listens on, at once and at every change, until the device disconnects.
 async fn report_ports(sidecar: &Sidecar, stream: TunnelStream) -> std::io::Result<()> {
     let (mut read, mut write) = tokio::io::split(stream);
     let mut state = sidecar.state.subscribe();

@@ -1,4 +1,4 @@
-//! From the server's word to the main program: the clone, the start, and watching it to its end.
+//! The main program: the clone before it, its start, and watching it until it ends.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,25 +12,24 @@ use super::{
     Sidecar,
     clone::{Repository, directory_name},
     grants::until,
-    identity::BackOff,
+    identity::Backoff,
 };
 use crate::protocol::{HostError, StartRequest};
 
-/// The workspace as the user's processes see it.
+/// The workspace's path for the user's processes.
 const WORKSPACE: &str = "/workspace";
-/// Before the deadline, when people are told of it.
+/// How long before the deadline attached users are warned.
 const WARNINGS: [Duration; 3] = [Duration::from_secs(15 * 60), Duration::from_secs(5 * 60), Duration::from_secs(60)];
-/// The longest sleep without a look at the clock, which may be set anew meanwhile.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// The clock is checked at least this often, because it may be changed.
+const MAX_SLEEP: Duration = Duration::from_secs(60);
 
-/// Brings the main program up, once the server has said what it is. Does nothing when a predecessor of this process did
-/// it.
+/// Starts the main program, once the server has said what to run. Does nothing if an earlier sidecar has started it.
 pub(crate) async fn start(sidecar: Arc<Sidecar>) {
     let mut wanted = sidecar.start.subscribe();
     let Some(spec) = wanted.wait_for(Option::is_some).await.ok().and_then(|spec| spec.clone()) else {
         return;
     };
-    let mut pause = BackOff::default();
+    let mut pause = Backoff::default();
     while let Err(error) = try_to_start(&sidecar, &spec).await {
         match error {
             StartError::Final(reason) => {
@@ -42,7 +41,7 @@ pub(crate) async fn start(sidecar: Arc<Sidecar>) {
         }
         pause.wait().await;
     }
-    // What runs needs its environment no longer from here.
+    // The secrets in the environment are no longer needed here.
     sidecar.start.send_modify(|spec| {
         if let Some(spec) = spec {
             spec.env.clear();
@@ -51,9 +50,9 @@ pub(crate) async fn start(sidecar: Arc<Sidecar>) {
 }
 
 enum StartError {
-    /// Trying again would not help.
+    /// A retry would not help.
     Final(String),
-    /// The host cannot be reached now.
+    /// The host is not reachable at the moment.
     Host(HostError),
 }
 
@@ -90,21 +89,22 @@ async fn clone(sidecar: &Sidecar, url: &str, branch: Option<&str>) -> Result<(),
         return Ok(());
     }
     let name = directory_name(url).unwrap_or_default();
-    tell(sidecar, EventKind::Cloning, format!("cloning {name}")).await;
+    send_event(sidecar, EventKind::Cloning, format!("cloning {name}")).await;
     let begun = std::time::Instant::now();
     repository.run().await.map_err(|error| error.to_string())?;
-    tell(sidecar, EventKind::Cloned, format!("{name} was cloned in {:.1} s", begun.elapsed().as_secs_f32())).await;
+    send_event(sidecar, EventKind::Cloned, format!("{name} was cloned in {:.1} s", begun.elapsed().as_secs_f32()))
+        .await;
     Ok(())
 }
 
-async fn tell(sidecar: &Sidecar, kind: EventKind, message: String) {
-    // The queue ends with the sidecar only.
+async fn send_event(sidecar: &Sidecar, kind: EventKind, message: String) {
+    // The queue lives as long as the sidecar.
     let _ = sidecar.outbox.send(AgentMessage::Event { kind, message }).await;
 }
 
-/// Follows the host's state. Ends when the main program has ended and the server knows it, which lets the host end.
+/// Follows the host's state. Returns when the main program has ended and the server knows it, which lets the host exit.
 pub(crate) async fn watch(sidecar: Arc<Sidecar>) {
-    let mut pause = BackOff::default();
+    let mut pause = Backoff::default();
     loop {
         match follow(&sidecar, &mut pause).await {
             Ok(true) => return,
@@ -115,10 +115,10 @@ pub(crate) async fn watch(sidecar: Arc<Sidecar>) {
     }
 }
 
-/// One connection to the host; whether it ended with the main program.
-async fn follow(sidecar: &Sidecar, pause: &mut BackOff) -> Result<bool, HostError> {
+/// Follows one connection to the host; returns whether the main program has ended.
+async fn follow(sidecar: &Sidecar, pause: &mut Backoff) -> Result<bool, HostError> {
     let mut states = sidecar.host.watch().await?;
-    *pause = BackOff::default();
+    *pause = Backoff::default();
     while let Some(state) = states.next().await? {
         let exited = matches!(state.main, MainState::Exited { .. });
         sidecar.state.send_if_modified(|known| {
@@ -127,7 +127,7 @@ async fn follow(sidecar: &Sidecar, pause: &mut BackOff) -> Result<bool, HostErro
             changed
         });
         if exited {
-            // The host lingers as long as this connection stands, and not for ever.
+            // The host stays as long as this connection is open, up to a limit.
             sidecar.reported.cancelled().await;
             return Ok(true);
         }
@@ -135,11 +135,11 @@ async fn follow(sidecar: &Sidecar, pause: &mut BackOff) -> Result<bool, HostErro
     Ok(false)
 }
 
-/// Tells people who are attached when the weaver's end is near.
+/// Warns attached users before the deadline.
 pub(crate) async fn announce_deadline(sidecar: Arc<Sidecar>) {
     let mut deadline = sidecar.deadline.subscribe();
-    // The last warning that was given.
-    let mut told: Option<Duration> = None;
+    // The time before the deadline of the last warning.
+    let mut warned: Option<Duration> = None;
     loop {
         let Some(end) = *deadline.borrow_and_update() else {
             if deadline.changed().await.is_err() {
@@ -148,23 +148,23 @@ pub(crate) async fn announce_deadline(sidecar: Arc<Sidecar>) {
             continue;
         };
         let left = until(end);
-        // Moved away: there will be something to tell again.
-        if told.is_some_and(|told| left > told + Duration::from_secs(1)) {
-            told = None;
+        // The deadline was moved, so warn again.
+        if warned.is_some_and(|warned| left > warned + Duration::from_secs(1)) {
+            warned = None;
         }
         let due = WARNINGS.into_iter().rfind(|warning| left <= *warning);
         if let Some(warning) = due
-            && told.is_none_or(|told| warning < told)
+            && warned.is_none_or(|warned| warning < warned)
             && !left.is_zero()
         {
-            told = Some(warning);
+            warned = Some(warning);
             let seconds = left.as_secs_f64().round() as u64;
             if let Err(error) = sidecar.host.expiring(seconds).await {
-                tracing::info!("nobody could be told of the deadline: {error}");
+                tracing::info!("cannot warn attached users of the deadline: {error}");
             }
         }
         let next = WARNINGS.into_iter().find(|warning| *warning < left);
-        let pause = next.map_or(LONGEST_SLEEP, |next| (left - next).min(LONGEST_SLEEP));
+        let pause = next.map_or(MAX_SLEEP, |next| (left - next).min(MAX_SLEEP));
         tokio::select! {
             () = sleep(pause) => {}
             changed = deadline.changed() => if changed.is_err() { return },

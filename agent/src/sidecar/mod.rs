@@ -1,17 +1,17 @@
-//! The sidecar: everything of the weaver that has to do with the network, beside the user's container.
+//! The sidecar: does all of the weaver's networking, beside the user's container.
 //!
-//! It makes its keys in memory, registers with the credential that the provisioner left, and is then two things at
-//! once. To the server it is the agent at the end of the control link; to the devices that the server grants
-//! it is a peer in the tunnel, where it answers as the weaver: SSH on its port, the port report on its, and every
-//! other port is one of the user's own programs. What happens in the user's container it asks the host to do.
+//! It makes its keys in memory and registers with the credential from the provisioner. Then it has two roles: for the
+//! server it is the agent on the control link; for the devices that the server grants access it is a WireGuard peer that
+//! serves the weaver's address: SSH, the port report, and on all other ports the user's programs. Whatever has to happen
+//! in the user's container it asks the host to do.
 //!
-//! - [`config`]: the settings; [`identity`]: keys, registration, back-off.
-//! - [`control`]: the link to the server; [`streams`]: what is dialled back for it.
-//! - [`grants`]: which devices may come in; [`inbound`]: the connections that they open; [`ssh`]: the SSH server.
-//! - [`main_program`]: the start, the clone ([`clone`]), the state and the end.
+//! - [`config`]: the settings; [`identity`]: keys, registration, backoff.
+//! - [`control`]: the link to the server; [`streams`]: the streams that the server asks for.
+//! - [`grants`]: the admitted devices; [`inbound`]: their connections; [`ssh`]: the SSH server.
+//! - [`main_program`]: its clone ([`clone`]), start, state and end.
 //!
-//! It can be killed and started at any time: the main program and its terminal live in the host, and the server states
-//! everything again in its welcome. It is one thread, except for a clone.
+//! It can be killed and restarted at any time: the main program and its terminal live in the host, and the server sends
+//! the whole desired state again. It runs on one thread, except for a clone.
 
 mod clone;
 mod config;
@@ -47,43 +47,39 @@ use tracing_subscriber::EnvFilter;
 use self::{config::Config, control::Control, grants::Grants, identity::Identity};
 use crate::protocol::{HostClient, HostState};
 
-/// What is logged when `RUST_LOG` says nothing.
+/// The log filter if `RUST_LOG` is not set.
 const LOG_FILTER: &str = "info,boringtun=off,russh=warn";
-/// How long the sidecar may take for its last words.
-const LAST_WORDS: Duration = Duration::from_millis(2700);
+/// For sending the final reports to the server.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(2700);
 
-/// What all parts of the sidecar share.
+/// The state that all parts of the sidecar share.
 struct Sidecar {
     config: Config,
     identity: Identity,
-    /// Speaks with the newest token.
+    /// Has the newest token.
     client: Mutex<Client>,
     ssh: Mutex<Arc<russh::server::Config>>,
     host: HostClient,
     tunnel: Tunnel,
     grants: Grants,
-    /// Towards the control link.
+    /// Messages for the control link.
     outbox: mpsc::Sender<AgentMessage>,
-    /// What the server wants to run, once it has said so.
+    /// What to run, from the server's welcome.
     start: watch::Sender<Option<StartSpec>>,
-    /// The host's state, as it was told last.
+    /// The host's last reported state.
     state: watch::Sender<HostState>,
-    /// Why the weaver cannot become what was asked.
+    /// Why the weaver could not be set up.
     failed: watch::Sender<Option<String>>,
     deadline: watch::Sender<Option<Timestamp>>,
-    /// The server was told how the main program ended.
+    /// The server has been told how the main program ended.
     reported: CancellationToken,
-    /// The server was told of the failure.
+    /// The server has been told of the failure.
     failure_reported: CancellationToken,
-    /// The sidecar was told to end.
+    /// The sidecar was told to stop.
     stopping: CancellationToken,
 }
 
-/// Runs the sidecar until it is told to stop.
-///
-/// # Errors
-///
-/// What it cannot go on without: its settings, its sockets.
+/// Runs the sidecar until it is told to stop. Fails when its settings are invalid or its sockets cannot be opened.
 pub(crate) fn run() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).compact().init();
@@ -91,14 +87,14 @@ pub(crate) fn run() -> anyhow::Result<()> {
     tracing::info!("settings: {config}");
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
-    let result = runtime.block_on(live(config));
-    // A clone that is under way would be waited for.
+    let result = runtime.block_on(run_until_stopped(config));
+    // Do not wait for a clone in progress.
     runtime.shutdown_background();
     result
 }
 
-/// From the registration to the last words.
-async fn live(config: Config) -> anyhow::Result<()> {
+/// Everything from the registration to the final reports.
+async fn run_until_stopped(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let identity = Identity::generate()?;
@@ -113,7 +109,7 @@ async fn live(config: Config) -> anyhow::Result<()> {
         udp: config.udp.clone(),
     };
     let (tunnel, incoming, events) = Tunnel::start(settings).context("cannot start the tunnel")?;
-    let (outbox, messages) = mpsc::channel(control::OUTBOX);
+    let (outbox, messages) = mpsc::channel(control::OUTBOX_SIZE);
     let sidecar = Arc::new(Sidecar {
         client: Mutex::new(identity::client(&config, &registered)),
         ssh: Mutex::new(ssh::config(&identity.ssh, &registered.ssh_certificate)),
@@ -132,7 +128,7 @@ async fn live(config: Config) -> anyhow::Result<()> {
         identity,
     });
 
-    // Everything that runs is one of these, and ends here at the latest.
+    // All tasks are in this set, and end with it at the latest.
     let mut tasks = JoinSet::new();
     let mut control = JoinSet::new();
     control.spawn(Control::new(Arc::clone(&sidecar), messages).run());
@@ -150,7 +146,7 @@ async fn live(config: Config) -> anyhow::Result<()> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            // Some are done early; none may fail.
+            // Tasks may end early, but not fail.
             Some(ended) = tasks.join_next() => ended.context("a part of the sidecar failed")?,
             Some(ended) = control.join_next() => {
                 ended.context("the control link failed")?;
@@ -161,8 +157,8 @@ async fn live(config: Config) -> anyhow::Result<()> {
 
     sidecar.stopping.cancel();
     let said = async { while control.join_next().await.is_some() {} };
-    if timeout(LAST_WORDS, said).await.is_err() && sidecar.has_last_words() {
-        tracing::warn!("the server could not be told how the weaver ended");
+    if timeout(SHUTDOWN_TIMEOUT, said).await.is_err() && sidecar.has_unsent_reports() {
+        tracing::warn!("could not tell the server how the weaver ended");
     }
     tasks.shutdown().await;
     sidecar.tunnel.shutdown().await;
@@ -170,17 +166,16 @@ async fn live(config: Config) -> anyhow::Result<()> {
 }
 
 impl Sidecar {
-    /// A client with the newest token.
     fn client(&self) -> Client {
         self.client.lock().clone()
     }
 
-    /// What the SSH server shows of itself.
+    /// The SSH server's configuration, with the newest host certificate.
     fn ssh(&self) -> Arc<russh::server::Config> {
         Arc::clone(&self.ssh.lock())
     }
 
-    /// Takes over what a new registration brought. The address is the weaver's, and stays.
+    /// Uses the token and certificate of a new registration. The weaver's address does not change.
     fn registered(&self, registered: &Registered) {
         let token: Secret = registered.token.clone();
         *self.client.lock() = self.config.server.with_token(token);
@@ -188,18 +183,18 @@ impl Sidecar {
         *self.ssh.lock() = ssh;
     }
 
-    /// Whether something must be said before the sidecar ends.
-    fn has_last_words(&self) -> bool {
+    /// Whether the server still has to be told how the weaver ended or failed.
+    fn has_unsent_reports(&self) -> bool {
         let exited = matches!(self.state.borrow().main, MainState::Exited { .. });
         (exited && !self.reported.is_cancelled())
             || (self.failed.borrow().is_some() && !self.failure_reported.is_cancelled())
     }
 }
 
-/// Asks the server about devices that knock without a grant: perhaps one is on its way.
+/// Reports handshakes of devices without a grant to the server, which may be about to send one.
 async fn report_unknown_peers(sidecar: Arc<Sidecar>, mut events: Events) {
     while let Some(TunnelEvent::UnknownPeer(key)) = events.next().await {
-        // With the queue full there is no link, and the next welcome brings all grants.
+        // If the queue is full there is no link, and the next welcome will have all grants.
         let _ = sidecar.outbox.try_send(AgentMessage::UnknownPeer { public_key: WireGuardKey(key.to_bytes()) });
     }
 }

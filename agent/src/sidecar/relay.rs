@@ -10,7 +10,6 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::Sidecar;
 
-/// The relay's WebSocket subprotocol.
 const SUBPROTOCOL: &str = "loom.relay.v1";
 
 /// Keeps the relay connected until the tunnel ends.

@@ -1,4 +1,4 @@
-//! Streams that the server asked for: each is a WebSocket dialled back, joined to one operation on the host.
+//! The streams that the server asks for: each is a WebSocket to the server, connected to one operation on the host.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,13 +17,13 @@ use uuid::Uuid;
 use super::Sidecar;
 use crate::protocol::{AttachFrame, AttachInput, AttachOutput, AttachSession, HostError, LogStream};
 
-/// How long the other side may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// For the other side to answer a close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Sink = SplitSink<WebSocket, Message>;
 type Source = SplitStream<WebSocket>;
 
-/// Dials a stream and carries it to its end.
+/// Dials a stream and serves it until it ends.
 pub(crate) async fn run(sidecar: Arc<Sidecar>, stream: Uuid, kind: StreamKind) {
     let path = format!("/api/agent/streams/{stream}");
     let socket = match sidecar.client().websocket(&path, None, MAX_FRAME).await {
@@ -31,7 +31,7 @@ pub(crate) async fn run(sidecar: Arc<Sidecar>, stream: Uuid, kind: StreamKind) {
         Err(error) => {
             tracing::info!(%stream, "cannot dial a stream: {error}");
             let reason = format!("the agent cannot dial back: {error}");
-            // With the queue full, the server finds out by its own time-out.
+            // If the queue is full, the server finds out by its own timeout.
             let _ = sidecar.outbox.try_send(AgentMessage::StreamFailed { stream, reason });
             return;
         }
@@ -55,7 +55,7 @@ pub(crate) async fn run(sidecar: Arc<Sidecar>, stream: Uuid, kind: StreamKind) {
     }
 }
 
-/// Says in the protocol's own words that the attach failed.
+/// Sends the attach protocol's error message.
 async fn refuse(error: &HostError, mut sink: Sink, source: Source) -> anyhow::Result<()> {
     let code = match error {
         HostError::Refused(_) | HostError::Unreachable { .. } => ErrorCode::WeaverNotReady,
@@ -66,17 +66,17 @@ async fn refuse(error: &HostError, mut sink: Sink, source: Source) -> anyhow::Re
     close(sink, source).await
 }
 
-/// Joins a WebSocket and a terminal, frame by frame, until either has ended.
+/// Copies frames between a WebSocket and a terminal until either ends.
 async fn attach(session: AttachSession, mut sink: Sink, mut source: Source) -> anyhow::Result<()> {
     let AttachSession { input, output } = session;
     tokio::select! {
-        ended = take_input(&mut source, input) => return ended,
-        ended = give_output(output, &mut sink) => ended?,
+        ended = forward_input(&mut source, input) => return ended,
+        ended = send_output(output, &mut sink) => ended?,
     }
     close(sink, source).await
 }
 
-async fn take_input(source: &mut Source, mut input: AttachInput) -> anyhow::Result<()> {
+async fn forward_input(source: &mut Source, mut input: AttachInput) -> anyhow::Result<()> {
     while let Some(frame) = source.next().await {
         let frame = match frame? {
             Message::Binary(bytes) => AttachFrame::Binary(bytes),
@@ -86,7 +86,7 @@ async fn take_input(source: &mut Source, mut input: AttachInput) -> anyhow::Resu
         };
         match input.send(frame).await {
             Ok(()) => {}
-            // The terminal's last words are on their way, and end the stream.
+            // The terminal's last frames will end the stream.
             Err(HostError::Gone) => return std::future::pending().await,
             Err(error) => return Err(error.into()),
         }
@@ -94,7 +94,7 @@ async fn take_input(source: &mut Source, mut input: AttachInput) -> anyhow::Resu
     Ok(())
 }
 
-async fn give_output(mut output: AttachOutput, sink: &mut Sink) -> anyhow::Result<()> {
+async fn send_output(mut output: AttachOutput, sink: &mut Sink) -> anyhow::Result<()> {
     while let Some(frame) = output.next().await? {
         sink.send(match frame {
             AttachFrame::Binary(bytes) => Message::Binary(bytes),
@@ -105,7 +105,7 @@ async fn give_output(mut output: AttachOutput, sink: &mut Sink) -> anyhow::Resul
     Ok(())
 }
 
-/// Sends the main program's output until there is no more, or nobody listens.
+/// Sends the main program's output until it ends or the client disconnects.
 async fn logs(mut logs: LogStream, mut sink: Sink, mut source: Source) -> anyhow::Result<()> {
     let give = async {
         while let Some(bytes) = logs.next().await? {
@@ -115,13 +115,13 @@ async fn logs(mut logs: LogStream, mut sink: Sink, mut source: Source) -> anyhow
     };
     tokio::select! {
         ended = give => ended?,
-        // Read as well, for pings and the end.
+        // Reads too, to answer pings and notice the close.
         ended = drain(&mut source) => return ended,
     }
     close(sink, source).await
 }
 
-/// Reads until the other side has gone.
+/// Reads until the other side disconnects.
 async fn drain(source: &mut Source) -> anyhow::Result<()> {
     while let Some(frame) = source.next().await {
         if matches!(frame?, Message::Close(_)) {
@@ -131,12 +131,12 @@ async fn drain(source: &mut Source) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says goodbye and waits for the answer: a connection that is closed with something unread is reset, and what was just
-/// sent on it could be lost.
+/// Sends a close frame and waits for the answer: a connection closed with unread data is reset, which could lose what
+/// was just sent.
 async fn close(mut sink: Sink, mut source: Source) -> anyhow::Result<()> {
-    let goodbye = async {
+    let closed = async {
         sink.send(Message::Close(None)).await?;
         drain(&mut source).await
     };
-    timeout(GOODBYE, goodbye).await.context("the server says no goodbye")?
+    timeout(CLOSE_TIMEOUT, closed).await.context("the server does not answer the close")?
 }

@@ -1,9 +1,9 @@
-//! The main program's terminal, shared by everybody who attaches.
+//! The main program's terminal, shared by all attached clients.
 //!
-//! [`state`] is all that it is and knows, [`screen`] the model behind its snapshots, [`scan`] the grammar beside the
-//! model, [`ring`] the end of the output. This module puts them on descriptors and sockets: one task moves the
-//! program's output into the state and wakes the clients; each client's connection pulls from the state what it is to
-//! be sent, and pushes input into one bounded queue, which another task writes to the program.
+//! [`state`] is the state machine, [`screen`] the screen model behind its snapshots, [`scan`] the parser for sequences
+//! that the model ignores, [`ring`] the last part of the output. This module connects them to descriptors and sockets:
+//! one task moves the program's output into the state and wakes the clients; each client's connection pulls from the
+//! state what to send, and pushes input into one bounded queue, which another task writes to the program.
 
 mod ring;
 mod scan;
@@ -28,14 +28,13 @@ use self::state::{ClientId, Next, Output, TerminalState};
 use super::{children::Child, process::resize_terminal, stream::Stream};
 use crate::protocol::{ExitStatus, Frame, FrameCodec, FrameKind, MAX_FRAME};
 
-/// How much of the output's end is kept for the report of the exit, in bytes.
+/// How much of the last output is in the report of the exit, in bytes.
 const TAIL: usize = 64 << 10;
-/// How many pieces of input may wait for the program, each at most [`INPUT_PIECE`].
+/// Pieces of input that may wait for the program, each at most [`MAX_PIECE`].
 const INPUT_QUEUE: usize = 16;
-/// The largest piece of input, in bytes.
-const INPUT_PIECE: usize = 16 << 10;
+/// In bytes.
+const MAX_PIECE: usize = 16 << 10;
 
-/// A terminal's rows and columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Size {
     pub(super) rows: u16,
@@ -43,16 +42,15 @@ pub(super) struct Size {
 }
 
 impl Size {
-    /// The largest size that fits into both.
+    /// The smaller of both in each dimension.
     fn min(self, other: Self) -> Self {
         Self { rows: self.rows.min(other.rows), cols: self.cols.min(other.cols) }
     }
 }
 
-/// The main program's terminal.
 pub(super) struct Terminal {
     state: Mutex<TerminalState>,
-    /// Says that the state has changed.
+    /// Notifies the clients' connections that the state has changed.
     changed: watch::Sender<()>,
     input: mpsc::Sender<Bytes>,
     leader: Pid,
@@ -67,12 +65,12 @@ pub(super) struct Program {
 }
 
 impl Terminal {
-    /// The size that the program starts with.
+    /// The size of the terminal before a client has attached.
     pub(super) fn initial_size() -> Size {
         TerminalState::new(Uuid::nil()).size()
     }
 
-    /// A terminal for a program that was just started on one.
+    /// A terminal for a program that was just started on it.
     pub(super) fn new(child: Child, terminal: Stream, login_shell: bool) -> (Self, Program) {
         let leader = child.pid;
         let (input, queue) = mpsc::channel(INPUT_QUEUE);
@@ -81,7 +79,7 @@ impl Terminal {
         (Self { state, changed, input, leader, login_shell }, Program { child, terminal, input: queue })
     }
 
-    /// Moves bytes between the program and the state until the program has ended and all its output was taken.
+    /// Moves bytes between the program and the state until the program has ended and all its output was read.
     pub(super) async fn run(&self, program: Program) -> ExitStatus {
         let Program { mut child, terminal, mut input } = program;
         let output = async {
@@ -91,7 +89,7 @@ impl Terminal {
                 }
                 self.change(|state| state.feed(&bytes));
             }
-            // Everybody has closed the other side; the program itself may go on without a terminal.
+            // All processes have closed the terminal; the program itself may go on without it.
             std::future::pending::<()>().await;
         };
         let typing = async {
@@ -117,12 +115,11 @@ impl Terminal {
         };
         let status = tokio::select! {
             status = &mut child.exit => status.unwrap_or(ExitStatus { code: 255, signal: None, core_dumped: false }),
-            () = output => unreachable!("it waits for ever"),
-            () = typing => unreachable!("it waits for ever"),
-            () = sizing => unreachable!("the state is ours"),
+            () = output => unreachable!("never returns"),
+            () = typing => unreachable!("never returns"),
+            () = sizing => unreachable!("the state outlives this"),
         };
-        // Whatever the program wrote before it ended is there now: the kernel flushes a terminal before it says
-        // "nothing".
+        // All that the program wrote is available now: the kernel flushes a terminal before a read would block.
         while let Ok(Some(bytes)) = terminal.read_now() {
             if bytes.is_empty() {
                 break;
@@ -133,36 +130,35 @@ impl Terminal {
         status
     }
 
-    /// The program's process group.
     pub(super) const fn leader(&self) -> Pid {
         self.leader
     }
 
-    /// What the program is sent for a signal to the host: that signal. A shell at its prompt ignores `SIGTERM`, so
-    /// it is hung up on too.
+    /// The signals to forward to the program for one to the host. A shell at its prompt ignores `SIGTERM`, so it also
+    /// gets `SIGHUP`.
     pub(super) fn signals_for(&self, signal: Signal) -> Vec<Signal> {
         if self.login_shell && signal == Signal::TERM { vec![signal, Signal::HUP, Signal::CONT] } else { vec![signal] }
     }
 
-    /// The end of the output.
+    /// The last output, at most [`TAIL`] bytes.
     pub(super) fn tail(&self) -> Bytes {
         self.lock().output().tail(TAIL)
     }
 
-    /// Tells everybody who is attached that the weaver ends soon.
+    /// Tells all attached clients that the weaver ends in so many seconds.
     pub(super) fn announce_expiry(&self, seconds: u64) {
         self.change(|state| state.announce_expiry(seconds));
     }
 
-    /// Serves a client until it leaves or has heard the end.
+    /// Serves a client until it disconnects or has received the exit status.
     pub(super) async fn attach(&self, stream: UnixStream, query: &AttachQuery) -> io::Result<()> {
         let changed = self.changed.subscribe();
         let id = self.change(|state| state.join(query, Uuid::new_v4()));
-        let _leaves = Leaves { terminal: self, id };
+        let _leaves = DetachGuard { terminal: self, id };
         let (read, write) = stream.into_split();
         tokio::select! {
             result = self.send_output(id, changed, FramedWrite::new(write, FrameCodec::large())) => result,
-            result = self.take_input(id, FramedRead::new(read, FrameCodec::large())) => result,
+            result = self.receive_input(id, FramedRead::new(read, FrameCodec::large())) => result,
         }
     }
 
@@ -174,7 +170,7 @@ impl Terminal {
     ) -> io::Result<()> {
         loop {
             changed.mark_unchanged();
-            // Taken out of the lock before it is sent.
+            // In a statement of its own, so that the lock is released before sending.
             let next = self.lock().poll(id);
             match next {
                 Next::Send(Output::Control(control)) => frames.send(Frame::json(FrameKind::Text, &control)).await?,
@@ -189,69 +185,74 @@ impl Terminal {
         }
     }
 
-    async fn take_input(
+    async fn receive_input(
         &self,
         id: ClientId,
         mut frames: FramedRead<impl tokio::io::AsyncRead + Unpin, FrameCodec>,
     ) -> io::Result<()> {
         while let Some(frame) = frames.next().await.transpose()? {
             match frame.kind {
-                FrameKind::Binary => self.type_in(id, frame.payload).await,
+                FrameKind::Binary => self.queue_input(id, frame.payload).await,
                 FrameKind::Text => {
-                    // What this build does not know is a newer client's, and no reason to part.
+                    // Ignore messages of a newer client.
                     if let Ok(ClientControl::Resize { rows, cols }) = serde_json::from_slice(&frame.payload) {
                         self.change(|state| state.resize(id, rows, cols));
                     }
                 }
-                _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame that an attach does not have")),
+                _ => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "a frame that does not belong to an attach",
+                    ));
+                }
             }
         }
         Ok(())
     }
 
     /// Queues input for the program, waiting while the queue is full.
-    async fn type_in(&self, id: ClientId, mut bytes: Bytes) {
+    async fn queue_input(&self, id: ClientId, mut bytes: Bytes) {
         while !bytes.is_empty() {
-            let piece = bytes.split_to(bytes.len().min(INPUT_PIECE));
-            // First a place, then the count: what is counted as arrived is surely in the queue.
-            let Ok(place) = self.input.reserve().await else { return };
+            let piece = bytes.split_to(bytes.len().min(MAX_PIECE));
+            // Reserve first, then count: input counted as arrived must be in the queue.
+            let Ok(permit) = self.input.reserve().await else { return };
             if !self.change(|state| state.accept_input(id, piece.len())) {
                 return;
             }
-            place.send(piece);
+            permit.send(piece);
         }
     }
 
-    /// Sends the output from the oldest byte kept, and with `follow` on to the end. What is overtaken meanwhile is left
-    /// out.
+    /// Sends the output from the oldest byte kept, and with `follow` until the program ends. Skips output that was
+    /// dropped from the ring before it could be sent.
     pub(super) async fn logs(&self, stream: UnixStream, follow: bool) -> io::Result<()> {
         let mut changed = self.changed.subscribe();
         let (read, write) = stream.into_split();
         let mut frames = FramedWrite::new(write, FrameCodec::stream());
         let send = async {
-            let mut place = self.lock().output().start();
+            let mut offset = self.lock().output().start();
             let last = self.lock().output().end();
             loop {
                 changed.mark_unchanged();
                 let (bytes, ended) = {
                     let state = self.lock();
-                    place = place.max(state.output().start());
-                    (state.output().get(place, MAX_FRAME).unwrap_or_default(), state.exit().is_some())
+                    offset = offset.max(state.output().start());
+                    (state.output().get(offset, MAX_FRAME).unwrap_or_default(), state.exit().is_some())
                 };
                 if !bytes.is_empty() {
-                    place += bytes.len() as u64;
+                    offset += bytes.len() as u64;
                     frames.send(Frame::new(FrameKind::Stdout, bytes)).await?;
                 } else if ended || !follow || changed.changed().await.is_err() {
                     return Ok(());
                 }
-                if !follow && place >= last {
+                if !follow && offset >= last {
                     return Ok(());
                 }
             }
         };
         tokio::select! {
             result = send => result,
-            // A reader who has gone would otherwise be noticed only at the next output.
+            // Otherwise a closed connection would be noticed only at the next output.
             result = super::socket::closed(read) => result,
         }
     }
@@ -267,13 +268,13 @@ impl Terminal {
     }
 }
 
-/// Takes a client out of the state, however its connection ends.
-struct Leaves<'a> {
+/// Removes a client from the state when its connection ends, for whatever reason.
+struct DetachGuard<'a> {
     terminal: &'a Terminal,
     id: ClientId,
 }
 
-impl Drop for Leaves<'_> {
+impl Drop for DetachGuard<'_> {
     fn drop(&mut self) {
         self.terminal.change(|state| state.leave(self.id));
     }

@@ -1,10 +1,10 @@
-//! The end of the output, by absolute offset.
+//! The last part of the output, by absolute offset.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-/// A bounded piece of a stream: its last bytes, each known by its offset from the stream's beginning.
+/// The last bytes of a stream, addressed by their offset from its beginning.
 #[derive(Debug)]
 pub(super) struct Ring {
     bytes: VecDeque<u8>,
@@ -13,12 +13,12 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// An empty ring that keeps `capacity` bytes.
+    /// An empty ring for at most `capacity` bytes.
     pub(super) const fn new(capacity: usize) -> Self {
         Self { bytes: VecDeque::new(), end: 0, capacity }
     }
 
-    /// Appends bytes; the oldest make room.
+    /// Appends bytes, and drops the oldest if necessary.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.end += bytes.len() as u64;
         let kept = &bytes[bytes.len().saturating_sub(self.capacity)..];
@@ -32,12 +32,12 @@ impl Ring {
         self.end - self.bytes.len() as u64
     }
 
-    /// The offset of the next byte that will come.
+    /// The offset of the next byte to be appended.
     pub(super) const fn end(&self) -> u64 {
         self.end
     }
 
-    /// Up to `limit` bytes from `offset` on; `None` when some of them are gone or have never been.
+    /// Up to `limit` bytes from `offset` on; `None` when `offset` is outside the ring.
     pub(super) fn get(&self, offset: u64, limit: usize) -> Option<Bytes> {
         if offset < self.start() || offset > self.end {
             return None;
@@ -51,7 +51,7 @@ impl Ring {
         Some(if tail.is_empty() { Bytes::copy_from_slice(head) } else { [head, tail].concat().into() })
     }
 
-    /// The last `limit` bytes, or as many as there are.
+    /// The last bytes, at most `limit`.
     pub(super) fn tail(&self, limit: usize) -> Bytes {
         let from = self.start().max(self.end.saturating_sub(limit as u64));
         self.get(from, limit).expect("the range lies within the ring")

@@ -1,33 +1,33 @@
-//! Where in the grammar of control sequences the output stands (ECMA-48 §5, and xterm's strings).
+//! A scanner for control sequences (ECMA-48 §5, and xterm's strings).
 //!
-//! The screen model parses the output itself, but two things it does not tell are needed here. First, whether the
-//! output stops in the middle of a sequence or a character: a snapshot taken there must end with what has begun, or the
-//! rest would show as text. Second, the sequences that the model leaves out or keeps to itself ([`Sequence`]).
+//! The screen model has its own parser, but does not tell two things that we need. First, whether the output stops in
+//! the middle of a sequence or a character: a snapshot taken there must end with the incomplete part, or the rest would
+//! show as text. Second, the sequences that the model ignores or does not expose ([`Sequence`]).
 
-/// The longest unfinished sequence that is kept to be sent again, in bytes; of a longer string only its introducer is.
+/// In bytes. Of a longer incomplete string only the introducer is kept.
 const MAX_PENDING: usize = 4096;
 
-/// A sequence, just completed, that the model alone would not let us know of.
+/// A completed sequence that the model ignores or does not expose.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Sequence {
     /// `CSI ? n… h` or `l`: private modes set or reset.
     PrivateModes(Vec<u16>, bool),
     /// `CSI n… h` or `l`: ANSI modes set or reset.
     Modes(Vec<u16>, bool),
-    /// `CSI t ; b r`: the scroll region's first and last row from 1; none for the whole screen.
+    /// `CSI t ; b r`: the scroll region's first and last row, counted from 1; `None` for the whole screen.
     ScrollRegion(Option<(u16, u16)>),
     /// `ESC ( x` or `ESC ) x`: the character set in slot 0 or 1.
     Charset(usize, u8),
     /// `SO` or `SI`: the slot in use.
     Shift(usize),
-    /// `ESC c` or `CSI ! p`: everything as at the beginning.
+    /// `ESC c` or `CSI ! p`.
     Reset,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Ground,
-    /// In a UTF-8 character: so many bytes are missing.
+    /// In a UTF-8 character that misses so many bytes.
     Character(u8),
     Escape,
     Csi,
@@ -39,7 +39,7 @@ enum State {
     StringEscape,
 }
 
-/// The position, and the bytes since the last complete sequence or character.
+/// The scanner's state, and the bytes since the last complete sequence or character.
 #[derive(Debug)]
 pub(super) struct Scanner {
     state: State,
@@ -47,7 +47,6 @@ pub(super) struct Scanner {
 }
 
 impl Scanner {
-    /// At the beginning of a stream.
     pub(super) const fn new() -> Self {
         Self { state: State::Ground, pending: Vec::new() }
     }
@@ -57,12 +56,12 @@ impl Scanner {
         self.state == State::Ground
     }
 
-    /// What has begun and is not complete.
+    /// The incomplete sequence or character.
     pub(super) fn pending(&self) -> &[u8] {
         &self.pending
     }
 
-    /// Takes one byte; tells which sequence it completed, of those worth telling.
+    /// Processes one byte; returns the [`Sequence`] that it completes, if any.
     pub(super) fn advance(&mut self, byte: u8) -> Option<Sequence> {
         match (self.state, byte) {
             (State::Ground, 0x0e) => return Some(Sequence::Shift(1)),
@@ -88,7 +87,7 @@ impl Scanner {
             }
             (State::Command | State::Text, _) => self.go(self.state, byte),
             (_, 0x1b) => self.begin(State::Escape, byte),
-            // Other controls act at once, even within a sequence: sent again they would act twice.
+            // Other controls act at once, even within a sequence; repeating them would have effect twice.
             (_, 0x00..=0x1f | 0x7f) => {}
             (State::Escape, b'[') if self.pending.len() == 1 => self.go(State::Csi, byte),
             (State::Escape, b']') if self.pending.len() == 1 => self.go(State::Command, byte),
@@ -152,7 +151,7 @@ fn control_sequence(body: &[u8], last: u8) -> Option<Sequence> {
     }
 }
 
-/// Numbers between semicolons, 0 where there is none; `None` when there is anything else.
+/// Parses numbers separated by semicolons, 0 where one is missing; `None` if there is anything else.
 fn parse(numbers: &[u8]) -> Option<Vec<u16>> {
     let number = |digits: &[u8]| {
         digits.iter().try_fold(0u16, |value, digit| {

@@ -1,9 +1,8 @@
-//! The model of the screen, and the bytes that redraw it somewhere else.
+//! The screen model, and the bytes that redraw it on another terminal.
 //!
-//! `vt100` keeps cells, attributes, cursor, scrollback and most modes. What it leaves out and programs rely on stands
-//! here: the scroll region, origin and insert mode, line wrap, focus reports, the line-drawing character set, the
-//! title; and the ordinary screen as it was when a full-screen program took the alternate one, because `vt100` shows
-//! only the one in use.
+//! `vt100` has the cells, attributes, cursor, scrollback and most modes. This module adds what it lacks and programs
+//! need: the scroll region, origin and insert mode, line wrap, focus reports, the line-drawing character set, the title,
+//! and the main screen while the alternate one is shown, because `vt100` exposes only the one in use.
 
 use std::{collections::BTreeSet, fmt::Write as _, num::NonZeroU16};
 
@@ -16,35 +15,35 @@ use super::{
 };
 use crate::protocol::MAX_LARGE_FRAME;
 
-/// How many lines that scrolled away are kept. A line costs 32 bytes per column.
+/// In lines. A line takes 32 bytes per column.
 const SCROLLBACK: usize = 1000;
-/// The longest title that is kept, in bytes.
+/// In bytes.
 const MAX_TITLE: usize = 1024;
-/// How much of a snapshot the scrollback may be, in bytes; the oldest lines go first.
+/// The scrollback's share of a snapshot, in bytes; the oldest lines are dropped first.
 const MAX_SCROLLBACK_BYTES: usize = MAX_LARGE_FRAME / 2;
-/// How long a snapshot may be before it is drawn without colours, in bytes; room is left for modes and what is pending.
-const MAX_DRAWN: usize = MAX_LARGE_FRAME - (64 << 10);
+/// In bytes. A longer snapshot is drawn without colours; this leaves room for modes and pending output.
+const MAX_STYLED: usize = MAX_LARGE_FRAME - (64 << 10);
 
-/// Private modes that `vt100` does not keep and a newcomer's terminal must have: reverse video, wrap (reset), blinking
-/// cursor, focus reports, alternate scroll, and the meta key's four.
-const KEPT_MODES: [u16; 9] = [5, 12, 1004, 1007, 1034, 1035, 1036, 1039, 1042];
+/// Private modes that `vt100` does not track and a new client's terminal needs: reverse video, wrap (reset), blinking
+/// cursor, focus reports, alternate scroll, and four for the meta key.
+const TRACKED_MODES: [u16; 9] = [5, 12, 1004, 1007, 1034, 1035, 1036, 1039, 1042];
 const WRAP: u16 = 7;
 const ORIGIN: u16 = 6;
-/// The modes that switch to the alternate screen. `vt100` knows the first and the last.
+/// The modes that switch to the alternate screen. `vt100` implements the first and the last.
 const ALTERNATE: [u16; 3] = [47, 1047, 1049];
 
-/// What a terminal shows, fed with the program's output.
+/// A terminal's screen, fed with the program's output.
 pub(super) struct Model {
     parser: Parser<Titles>,
     scanner: Scanner,
-    /// The ordinary screen, while the alternate one is in use.
+    /// The main screen, while the alternate one is in use.
     covered: Option<Drawing>,
-    extras: Extras,
+    extras: ExtraState,
 }
 
-/// What is kept beside `vt100`, and forgotten at a reset.
+/// State that `vt100` lacks, cleared by a reset.
 #[derive(Default)]
-struct Extras {
+struct ExtraState {
     region: Option<(u16, u16)>,
     modes: BTreeSet<u16>,
     origin: bool,
@@ -65,7 +64,7 @@ impl Callbacks for Titles {
     }
 }
 
-/// One of the two screens, as bytes.
+/// One of the two screens, as bytes that draw it.
 struct Drawing {
     scrollback: Vec<String>,
     rows: String,
@@ -73,14 +72,13 @@ struct Drawing {
 }
 
 impl Model {
-    /// An empty screen.
     pub(super) fn new(size: Size) -> Self {
         let (rows, cols) = cells(size);
         Self {
             parser: Parser::new_with_callbacks(rows, cols, SCROLLBACK, Titles::default()),
             scanner: Scanner::new(),
             covered: None,
-            extras: Extras::default(),
+            extras: ExtraState::default(),
         }
     }
 
@@ -97,7 +95,7 @@ impl Model {
             let Some(sequence) = sequence else { continue };
             let enters = sequence.switches_to_alternate(true) && !self.parser.screen().alternate_screen();
             if enters {
-                // All but the last byte of the sequence: the screen is still the ordinary one.
+                // Without the last byte of the sequence, so that the screen is still the main one.
                 self.parser.process(&bytes[from..index]);
                 self.covered = Some(self.draw(true, true));
                 from = index;
@@ -110,7 +108,7 @@ impl Model {
     }
 
     fn note(&mut self, sequence: &Sequence) {
-        // vt100 does not know 1047, which is 47 with a clear.
+        // vt100 does not implement 1047, which is 47 with a clear.
         if let Sequence::PrivateModes(modes, set) = sequence
             && modes.contains(&1047)
         {
@@ -122,22 +120,21 @@ impl Model {
         self.extras.note(sequence);
     }
 
-    /// Changes the size. Programs redraw by themselves.
+    /// Changes the size. Programs redraw the screen themselves.
     pub(super) fn resize(&mut self, size: Size) {
         let (rows, cols) = cells(size);
         self.parser.set_size(rows, cols);
-        // As terminals do.
+        // As real terminals do.
         self.extras.region = None;
     }
 
-    /// The bytes that make any terminal show this screen, in a window of `rows` rows: with `scrollback`, the lines that
-    /// scrolled away first, so that they are above in the terminal's own scrollback. Lines wider than the window are
-    /// cut.
+    /// The bytes that make any terminal show this screen, in a window of `rows` rows. With `scrollback`, they begin with
+    /// the scrollback, which ends up in the terminal's own. Lines wider than the window are cut.
     pub(super) fn snapshot(&mut self, rows: u16, scrollback: bool) -> Bytes {
         let styled = self.snapshot_with(rows, scrollback, true);
-        let text = if styled.len() <= MAX_DRAWN { styled } else { self.snapshot_with(rows, scrollback, false) };
+        let text = if styled.len() <= MAX_STYLED { styled } else { self.snapshot_with(rows, scrollback, false) };
         let mut bytes = text.into_bytes();
-        bytes.truncate(MAX_DRAWN);
+        bytes.truncate(MAX_STYLED);
         bytes.extend_from_slice(self.scanner.pending());
         bytes.into()
     }
@@ -158,7 +155,7 @@ impl Model {
         out.push_str(&shown.rows);
         let title = String::from_utf8_lossy(&self.parser.callbacks().title);
         if !title.is_empty() {
-            // A title cannot hold what would end it.
+            // A control character could end the title sequence.
             let title: String = title.chars().filter(|letter| !letter.is_control()).collect();
             let _ = write!(out, "\x1b]2;{title}\x07");
         }
@@ -174,7 +171,7 @@ impl Model {
         let mut drawn = String::new();
         for row in 0..rows.get() {
             let line = draw_row(screen, row, cols.get(), styled);
-            // The row is cleared for terminals that wrap nevertheless: the row above may have run over into it.
+            // Clears the row, because on terminals that wrap anyway the row above may have continued into it.
             let _ = write!(drawn, "\x1b[{};1H\x1b[K{line}\x1b[m", row + 1);
         }
         let cursor = screen.cursor_state_formatted() + &screen.attributes_formatted();
@@ -182,12 +179,12 @@ impl Model {
     }
 }
 
-/// Leaves the alternate screen and puts every mode that a program may have set back, clears the window, and stops
-/// wrapping, so that a narrow window cuts lines. The terminal's own scrollback is its user's and stays.
+/// Leaves the alternate screen, resets every mode that a program may have set, clears the window, and turns off
+/// wrapping, so that a narrow window cuts lines. Keeps the terminal's own scrollback.
 const RESET: &str = "\x1b[?1049l\x1b[!p\x1b[r\x1b[?9l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1004l\x1b[?1005l\x1b[?1006l\
     \x1b[?2004l\x1b[?1l\x1b>\x1b(B\x1b)B\x0f\x1b[m\x1b[H\x1b[2J\x1b[?7l";
 
-/// Writes the lines and scrolls exactly them out of a window of `rows` rows.
+/// Writes the lines, and scrolls exactly these out of a window of `rows` rows.
 fn push_scrollback(out: &mut String, lines: &[String], rows: u16) {
     if lines.is_empty() {
         return;
@@ -202,7 +199,7 @@ fn push_scrollback(out: &mut String, lines: &[String], rows: u16) {
     out.push_str("\x1b[H\x1b[2J");
 }
 
-/// The lines above the screen, oldest first, as many of the youngest as fit.
+/// The scrollback, oldest line first; of the oldest, those that do not fit are dropped.
 fn scrolled_away(screen: &mut Screen, styled: bool) -> Vec<String> {
     let (rows, cols) = screen.size();
     let (rows, cols) = (usize::from(rows.get()), cols.get());
@@ -229,7 +226,7 @@ fn scrolled_away(screen: &mut Screen, styled: bool) -> Vec<String> {
     lines
 }
 
-/// One row up to its last visible cell; afterwards the style is whatever it was there.
+/// Draws one row up to its last visible cell. Does not reset the style at the end.
 fn draw_row(screen: &Screen, row: u16, cols: u16, styled: bool) -> String {
     let style_of = |cell: &Cell| if styled { Style::of(cell) } else { Style::default() };
     let shows = |cell: &Cell| cell.has_contents() || style_of(cell).shows_on_blank();
@@ -250,7 +247,7 @@ fn draw_row(screen: &Screen, row: u16, cols: u16, styled: bool) -> String {
     line
 }
 
-/// The look of a cell (SGR, ECMA-48 §8.3.117).
+/// The style of a cell (SGR, ECMA-48 §8.3.117).
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Style {
     foreground: Color,
@@ -292,7 +289,7 @@ impl Style {
     }
 }
 
-impl Extras {
+impl ExtraState {
     fn note(&mut self, sequence: &Sequence) {
         match sequence {
             Sequence::PrivateModes(modes, set) => {
@@ -300,7 +297,7 @@ impl Extras {
                     match *mode {
                         WRAP => self.no_wrap = !set,
                         ORIGIN => self.origin = *set,
-                        mode if KEPT_MODES.contains(&mode) && *set => drop(self.modes.insert(mode)),
+                        mode if TRACKED_MODES.contains(&mode) && *set => drop(self.modes.insert(mode)),
                         mode => drop(self.modes.remove(&mode)),
                     }
                 }
@@ -313,7 +310,7 @@ impl Extras {
         }
     }
 
-    /// The character that a byte stands for in the line-drawing set, when that set is in use (VT100, table 3-9).
+    /// The character for a byte in the line-drawing set, if that set is in use (VT100, table 3-9).
     fn line_drawing(&self, byte: u8) -> Option<char> {
         const DRAWN: [char; 31] = [
             '◆', '▒', '␉', '␌', '␍', '␊', '°', '±', '␤', '␋', '┘', '┐', '┌', '└', '┼', '⎺', '⎻', '─', '⎼', '⎽', '├',
@@ -322,7 +319,7 @@ impl Extras {
         self.charsets[self.slot].then(|| DRAWN.get(usize::from(byte).checked_sub(0x60)?).copied()).flatten()
     }
 
-    /// Everything that comes after the rows are drawn; the cursor last, because the region and the modes move it.
+    /// What follows the rows. The cursor is last, because setting the region and the modes moves it.
     fn write(&self, out: &mut String, screen: &Screen, cursor: &str) {
         if !self.no_wrap {
             out.push_str("\x1b[?7h");
@@ -378,8 +375,8 @@ mod tests {
         model
     }
 
-    /// What a newcomer's terminal is after the snapshot and `rest`.
-    fn newcomer(model: &mut Model, rest: &[u8]) -> Model {
+    /// A new client's terminal after the snapshot and `rest`.
+    fn new_client(model: &mut Model, rest: &[u8]) -> Model {
         let snapshot = model.snapshot(SIZE.rows, true);
         let mut other = Model::new(SIZE);
         other.feed(b"what was \x1b[31mthere before\r\n");
@@ -416,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newcomer_sees_the_same_screen_whatever_was_on_it() {
+    fn a_new_client_sees_the_same_screen_whatever_was_on_it() {
         let outputs: [&[u8]; 9] = [
             b"",
             b"hello\r\n\x1b[1;31mred\x1b[0m \x1b[4;38;2;1;2;3;48;5;200munder\x1b[m",
@@ -430,7 +427,7 @@ mod tests {
         ];
         for output in outputs {
             let mut model = fed(output);
-            let mut other = newcomer(&mut model, b"!next\r\nline");
+            let mut other = new_client(&mut model, b"!next\r\nline");
             assert_same(&mut model, &mut other);
         }
     }
@@ -440,7 +437,7 @@ mod tests {
         let mut output = b"$ ls\r\nfile\r\n$ vim".to_vec();
         output.extend_from_slice(b"\x1b[?1049h\x1b[22;0;0t\x1b[?1h\x1b=\x1b[?2004h\x1b[1;6r\x1b[H\x1b[2J\x1b[1;1H\x1b[34m~\x1b[6;1H-- INSERT --");
         let mut model = fed(&output);
-        let mut other = newcomer(&mut model, b"");
+        let mut other = new_client(&mut model, b"");
         assert!(other.parser.screen().alternate_screen());
         assert_same(&mut model, &mut other);
         for one in [&mut model, &mut other] {
@@ -459,7 +456,7 @@ mod tests {
         }
         output.extend_from_slice(b"$ ");
         let mut model = fed(&output);
-        let mut other = newcomer(&mut model, b"");
+        let mut other = new_client(&mut model, b"");
         assert_same(&mut model, &mut other);
         let lines = |model: &mut Model| scrolled_away(model.parser.screen_mut(), true);
         let (ours, theirs) = (lines(&mut model), lines(&mut other));
@@ -482,7 +479,7 @@ mod tests {
         let output = "\x1b[1;32mgreen 漢 \x1b]0;title\x07🦀\x1b[0m end".as_bytes();
         for cut in 0..=output.len() {
             let mut model = fed(&output[..cut]);
-            let mut other = newcomer(&mut model, &output[cut..]);
+            let mut other = new_client(&mut model, &output[cut..]);
             assert_same(&mut model, &mut other);
             assert_eq!(other.parser.screen().contents().trim_end(), "green 漢 🦀 end");
         }
@@ -492,7 +489,7 @@ mod tests {
     fn line_drawing_is_kept_as_lines() {
         let mut model = fed(b"\x1b(0lqk\x1b(B x \x1b)0\x0emj\x0f");
         assert_eq!(model.parser.screen().contents(), "┌─┐ x └┘");
-        let other = newcomer(&mut model, b"q\x0eq");
+        let other = new_client(&mut model, b"q\x0eq");
         assert_eq!(other.parser.screen().contents(), "┌─┐ x └┘q─");
     }
 

@@ -1,9 +1,9 @@
-//! What a shared terminal is, without any input or output: the model, the ring, who is attached, and what each of them
-//! is to be told next.
+//! The shared terminal as a state machine without I/O: the screen model, the ring, the attached clients, and what to
+//! send each of them next.
 //!
-//! Nothing is queued for a client but its place in the ring and what has changed since it was told: it pulls, as fast
-//! as it can send, by [`TerminalState::poll`]. So a slow client costs nothing and holds up nobody; when the ring has
-//! moved past its place, it gets a snapshot and goes on from there.
+//! Output is not queued per client: each has only an offset into the ring and flags for what has changed, and pulls with
+//! [`TerminalState::poll`] as fast as it can send. So a slow client costs nothing and delays nobody; when the ring has
+//! dropped output that it has not received, it gets a snapshot and continues from there.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -14,16 +14,16 @@ use uuid::Uuid;
 use super::{Size, ring::Ring, screen::Model};
 use crate::protocol::MAX_FRAME;
 
-/// How much output is kept for those who come back, in bytes.
+/// How much output is kept for returning clients, in bytes.
 const RING: usize = 512 << 10;
-/// How many clients' input counts are remembered, for those who come back.
+/// How many clients' input counts are kept, for returning clients.
 const MAX_REMEMBERED: usize = 256;
-/// The size before anybody with a window has come.
+/// The size until a client with a window attaches.
 const DEFAULT_SIZE: Size = Size { rows: 24, cols: 80 };
-/// The largest size: the model costs 32 bytes per cell, and a snapshot must fit into a frame.
+/// The model takes 32 bytes per cell, and a snapshot must fit into a frame.
 const MAX_SIZE: Size = Size { rows: 300, cols: 500 };
 
-/// An attached client, by the order of its coming.
+/// An attached client, numbered in the order of attaching.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct ClientId(u64);
 
@@ -39,11 +39,10 @@ pub(super) enum Output {
 /// What to do next for a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Next {
-    /// A frame to send.
     Send(Output),
-    /// Nothing until something changes.
+    /// Nothing to send until the state changes.
     Wait,
-    /// Nothing ever again.
+    /// Nothing to send any more.
     Done,
 }
 
@@ -55,7 +54,7 @@ pub(super) struct TerminalState {
     size: Size,
     clients: BTreeMap<ClientId, Client>,
     next_client: u64,
-    inputs: Inputs,
+    input_counts: InputCounts,
     exit: Option<i32>,
 }
 
@@ -64,18 +63,18 @@ struct Client {
     read_only: bool,
     /// The id under which this client's input is counted across connections.
     key: Uuid,
-    /// The offset of the next byte it is to get.
-    place: u64,
-    /// What goes before everything else: the greeting, and both halves of a snapshot.
-    first: VecDeque<Output>,
-    /// What the client has not been told yet.
-    news: News,
-    /// The exit was told.
+    /// The offset of the next byte to send.
+    offset: u64,
+    /// Sent before everything else: the greeting, and both frames of a snapshot.
+    queued: VecDeque<Output>,
+    /// Changes that the client has not been told of.
+    updates: Updates,
+    /// The exit status was sent.
     done: bool,
 }
 
 #[derive(Default)]
-struct News {
+struct Updates {
     input: bool,
     size: bool,
     presence: bool,
@@ -83,7 +82,7 @@ struct News {
 }
 
 impl TerminalState {
-    /// A terminal that nobody has seen yet.
+    /// A terminal without clients or output.
     pub(super) fn new(id: Uuid) -> Self {
         Self {
             id,
@@ -92,17 +91,17 @@ impl TerminalState {
             size: DEFAULT_SIZE,
             clients: BTreeMap::new(),
             next_client: 0,
-            inputs: Inputs::default(),
+            input_counts: InputCounts::default(),
             exit: None,
         }
     }
 
-    /// The size that the program should see.
+    /// The terminal's size.
     pub(super) const fn size(&self) -> Size {
         self.size
     }
 
-    /// The output's last bytes.
+    /// The last part of the output.
     pub(super) const fn output(&self) -> &Ring {
         &self.ring
     }
@@ -117,13 +116,13 @@ impl TerminalState {
         self.ring.push(bytes);
     }
 
-    /// The program has ended; nothing is fed after this.
+    /// The program has ended; [`Self::feed`] is not called after this.
     pub(super) const fn end(&mut self, code: i32) {
         self.exit = Some(code);
     }
 
-    /// Admits a client. `fresh` is the key for one that brings none. A client of the same key is let go: it is the same
-    /// person's earlier connection, and its input must not be counted with the new one's.
+    /// Adds a client. `fresh` is the key for one that has none. A client with the same key is removed: it is the same
+    /// client's previous connection, and its input must not be counted together with the new one's.
     pub(super) fn join(&mut self, query: &AttachQuery, fresh: Uuid) -> ClientId {
         let key = query.client.unwrap_or(fresh);
         self.clients.retain(|_, client| client.key != key);
@@ -134,79 +133,78 @@ impl TerminalState {
             window,
             read_only: query.read_only,
             key,
-            place: 0,
-            first: VecDeque::new(),
-            news: News::default(),
+            offset: 0,
+            queued: VecDeque::new(),
+            updates: Updates::default(),
             done: false,
         };
-        self.inputs.touch(key);
+        self.input_counts.touch(key);
         let resumes =
             query.offset.filter(|offset| query.terminal == Some(self.id) && self.ring.get(*offset, 0).is_some());
-        client.place = resumes.unwrap_or_else(|| self.ring.end());
-        client.first.push_back(Output::Control(ServerControl::Attached {
+        client.offset = resumes.unwrap_or_else(|| self.ring.end());
+        client.queued.push_back(Output::Control(ServerControl::Attached {
             terminal: self.id,
-            offset: client.place,
-            input: self.inputs.of(key),
+            offset: client.offset,
+            input: self.input_counts.of(key),
         }));
         self.clients.insert(id, client);
-        self.fit();
+        self.resize_to_smallest();
         if resumes.is_none() {
-            self.show(id, true);
+            self.queue_snapshot(id, true);
         } else if let Some(client) = self.clients.get_mut(&id) {
-            client.news.size = true;
+            client.updates.size = true;
         }
         self.announce_presence();
         id
     }
 
-    /// Lets a client go.
     pub(super) fn leave(&mut self, id: ClientId) {
         if self.clients.remove(&id).is_some() {
-            self.fit();
+            self.resize_to_smallest();
             self.announce_presence();
         }
     }
 
-    /// Accepts or refuses so many bytes of a client's input; what is accepted is counted as arrived.
+    /// Decides whether a client's input is accepted; if so, counts it as arrived.
     pub(super) fn accept_input(&mut self, id: ClientId, length: usize) -> bool {
         let Some(client) = self.clients.get_mut(&id).filter(|client| !client.read_only) else {
             return false;
         };
-        self.inputs.add(client.key, length as u64);
-        client.news.input = true;
+        self.input_counts.add(client.key, length as u64);
+        client.updates.input = true;
         true
     }
 
-    /// A client's window has another size.
+    /// A client's window has a new size.
     pub(super) fn resize(&mut self, id: ClientId, rows: u16, cols: u16) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.window = (rows > 0 && cols > 0).then_some(Size { rows, cols });
-            self.fit();
+            self.resize_to_smallest();
         }
     }
 
-    /// Tells everybody that the weaver ends soon.
+    /// Tells all clients that the weaver ends in so many seconds.
     pub(super) fn announce_expiry(&mut self, seconds: u64) {
         for client in self.clients.values_mut() {
-            client.news.expiring = Some(seconds);
+            client.updates.expiring = Some(seconds);
         }
     }
 
-    /// What a client is to be sent next.
+    /// What to send a client next.
     pub(super) fn poll(&mut self, id: ClientId) -> Next {
         let present = u32::try_from(self.clients.len()).unwrap_or(u32::MAX);
         let Some(client) = self.clients.get_mut(&id).filter(|client| !client.done) else {
             return Next::Done;
         };
-        if let Some(output) = client.first.pop_front() {
+        if let Some(output) = client.queued.pop_front() {
             return Next::Send(output);
         }
-        if let Some(control) = client.news.take(self.size, present, self.inputs.of(client.key)) {
+        if let Some(control) = client.updates.take(self.size, present, self.input_counts.of(client.key)) {
             return Next::Send(Output::Control(control));
         }
-        match self.ring.get(client.place, MAX_FRAME) {
+        match self.ring.get(client.offset, MAX_FRAME) {
             None => {
-                self.show(id, false);
+                self.queue_snapshot(id, false);
                 self.poll(id)
             }
             Some(bytes) if bytes.is_empty() => match self.exit {
@@ -217,27 +215,26 @@ impl TerminalState {
                 }
             },
             Some(bytes) => {
-                client.place += bytes.len() as u64;
+                client.offset += bytes.len() as u64;
                 Next::Send(Output::Bytes(bytes))
             }
         }
     }
 
-    /// Puts a snapshot before everything else that a client gets. The scrollback is for those who come; whoever was
-    /// there has it in their own terminal.
-    fn show(&mut self, id: ClientId, scrollback: bool) {
+    /// Queues a snapshot for a client. The scrollback is for new clients; others have it in their own terminal.
+    fn queue_snapshot(&mut self, id: ClientId, scrollback: bool) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         let Size { rows, cols } = self.size;
         let offset = self.ring.end();
         let snapshot = self.model.snapshot(client.window.map_or(rows, |window| window.rows), scrollback);
-        client.first.push_back(Output::Control(ServerControl::Snapshot { offset, rows, cols }));
-        client.first.push_back(Output::Bytes(snapshot));
-        client.place = offset;
-        client.news.size = false;
+        client.queued.push_back(Output::Control(ServerControl::Snapshot { offset, rows, cols }));
+        client.queued.push_back(Output::Bytes(snapshot));
+        client.offset = offset;
+        client.updates.size = false;
     }
 
-    /// Makes the terminal as large as the smallest window of those who may write.
-    fn fit(&mut self) {
+    /// Resizes the terminal to the smallest window of the clients that may write.
+    fn resize_to_smallest(&mut self) {
         let windows = self.clients.values().filter(|client| !client.read_only).filter_map(|client| client.window);
         let Some(smallest) = windows.reduce(Size::min) else { return };
         let size = smallest.min(MAX_SIZE);
@@ -247,19 +244,19 @@ impl TerminalState {
         self.size = size;
         self.model.resize(size);
         for client in self.clients.values_mut() {
-            client.news.size = true;
+            client.updates.size = true;
         }
     }
 
     fn announce_presence(&mut self) {
         for client in self.clients.values_mut() {
-            client.news.presence = true;
+            client.updates.presence = true;
         }
     }
 }
 
-impl News {
-    /// The next thing to tell, with the facts as they are now.
+impl Updates {
+    /// The next change to tell, with the current values.
     fn take(&mut self, size: Size, clients: u32, input: u64) -> Option<ServerControl> {
         if std::mem::take(&mut self.input) {
             return Some(ServerControl::Input { offset: input });
@@ -274,11 +271,11 @@ impl News {
     }
 }
 
-/// How much input has come from each client, the longest unseen forgotten first.
+/// How much input has arrived from each client. The client that was away longest is dropped first.
 #[derive(Default)]
-struct Inputs(VecDeque<(Uuid, u64)>);
+struct InputCounts(VecDeque<(Uuid, u64)>);
 
-impl Inputs {
+impl InputCounts {
     fn of(&self, key: Uuid) -> u64 {
         self.0.iter().rev().find(|(known, _)| *known == key).map_or(0, |(_, count)| *count)
     }
@@ -345,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newcomer_gets_greeting_snapshot_and_then_live_bytes() {
+    fn a_new_client_gets_greeting_snapshot_and_then_live_bytes() {
         let mut state = state();
         state.feed(b"before");
         let id = join(&mut state, &query(24, 80));
@@ -405,8 +402,8 @@ mod tests {
             let id = state.join(&query(0, 0), Uuid::from_u128(10_000 + other));
             state.leave(id);
         }
-        assert_eq!(state.inputs.of(Uuid::from_u128(9)), 0);
-        assert_eq!(state.inputs.0.len(), MAX_REMEMBERED);
+        assert_eq!(state.input_counts.of(Uuid::from_u128(9)), 0);
+        assert_eq!(state.input_counts.0.len(), MAX_REMEMBERED);
     }
 
     #[test]
@@ -458,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_hears_the_end_even_those_who_come_after_it() {
+    fn all_clients_get_the_exit_status_even_those_who_attach_later() {
         let mut state = state();
         let early = join(&mut state, &query(24, 80));
         let _ = drain(&mut state, early);

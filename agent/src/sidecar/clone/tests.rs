@@ -1,4 +1,4 @@
-//! Clones of real repositories, made with the `git` of the machine.
+//! Clones of real repositories, made with the installed `git`.
 
 use super::*;
 
@@ -23,7 +23,7 @@ fn names_come_from_the_end_of_the_url() {
 
 #[test]
 fn passwords_are_not_shown() {
-    assert_eq!(shown("https://user:password@example.org/app"), "https://example.org/app");
+    assert_eq!(without_credentials("https://user:password@example.org/app"), "https://example.org/app");
 }
 
 fn git(directory: &Path, arguments: &[&str]) {
@@ -70,7 +70,7 @@ async fn a_repository_is_cloned_whole() {
     clone.run().await.unwrap();
     assert_eq!(fs::read_to_string(destination.join("main.txt")).unwrap(), "main");
     assert!(!root.path().join("workspace/.source.cloning").exists());
-    // It is one that git itself works with, and knows where it came from.
+    // `git` can work with the clone, and it has its remote.
     git(&destination, &["diff", "--exit-code", "HEAD"]);
     git(&destination, &["fetch", "-q", "origin"]);
     git(&destination, &["checkout", "-q", "topic/one"]);

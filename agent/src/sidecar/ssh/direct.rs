@@ -1,4 +1,4 @@
-//! One `direct-tcpip` channel: a connection within the weaver that the client asked for (RFC 4254 §7.2).
+//! A `direct-tcpip` channel: a connection to a port of the weaver (RFC 4254 §7.2).
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -14,10 +14,10 @@ use tokio_util::sync::CancellationToken;
 use super::inbox::{Input, Inputs};
 use crate::protocol::HostClient;
 
-/// Bytes read at once.
-const CHUNK: usize = 32 << 10;
+/// The size of a read, in bytes.
+const CHUNK_SIZE: usize = 32 << 10;
 
-/// Whether a name is the weaver itself; nothing else is reached from here.
+/// Whether a host name means the weaver itself, the only allowed target.
 pub(super) fn is_the_weaver(name: &str, weaver: WeaverId, address: Ipv6Addr) -> bool {
     let name = name.trim_matches(['[', ']']).trim_end_matches('.').to_ascii_lowercase();
     if let Ok(literal) = name.parse::<IpAddr>() {
@@ -29,7 +29,7 @@ pub(super) fn is_the_weaver(name: &str, weaver: WeaverId, address: Ipv6Addr) -> 
     name == "localhost" || name == own || name == bare
 }
 
-/// Connects, answers the client, and carries the connection to its end.
+/// Connects, replies to the client, and forwards the connection until it ends.
 pub(super) async fn run(
     host: HostClient,
     port: u16,
@@ -40,44 +40,44 @@ pub(super) async fn run(
     let stream = match host.dial(port).await {
         Ok(stream) => stream,
         Err(error) => {
-            tracing::debug!(port, "a forwarded connection is refused: {error}");
+            tracing::debug!(port, "refusing a forwarded connection: {error}");
             return reply.reject(ChannelOpenFailure::ConnectFailed).await;
         }
     };
     reply.accept().await;
     let (mut from, mut to) = stream.into_split();
-    // Cancelled when the client sends no more, or nobody takes it.
-    let no_more = CancellationToken::new();
+    // Cancelled when the client has sent its last byte, or the program does not read any more.
+    let input_ended = CancellationToken::new();
     let give = async {
         loop {
-            let mut chunk = BytesMut::with_capacity(CHUNK);
+            let mut chunk = BytesMut::with_capacity(CHUNK_SIZE);
             match from.read_buf(&mut chunk).await {
                 Ok(0) | Err(_) => break,
                 Ok(_) => write.data_bytes(chunk.freeze()).await?,
             }
         }
         write.eof().await?;
-        no_more.cancelled().await;
+        input_ended.cancelled().await;
         write.close().await
     };
     let take = async {
         let mut inputs = inputs;
         while let Some(input) = inputs.next().await {
             let taken = match input {
-                Input::Data(_) if no_more.is_cancelled() => Ok(()),
+                Input::Data(_) if input_ended.is_cancelled() => Ok(()),
                 Input::Data(bytes) => to.write_all(&bytes).await,
                 Input::Eof => to.shutdown().await.and(Err(std::io::ErrorKind::BrokenPipe.into())),
                 Input::Resize { .. } | Input::Signal(_) => Ok(()),
             };
             if taken.is_err() {
-                no_more.cancel();
+                input_ended.cancel();
             }
         }
     };
     tokio::select! {
-        // The client closed the channel: both directions are dropped.
+        // The client closed the channel, which ends both directions.
         () = take => {}
-        // An error here is a client that has gone.
+        // An error here means that the client has disconnected.
         _ = give => {}
     }
 }

@@ -1,10 +1,10 @@
 //! Which variables an SSH client may set.
 
-/// The longest name and value, in bytes.
-const LONGEST_NAME: usize = 128;
-const LONGEST_VALUE: usize = 32 << 10;
+/// In bytes.
+const MAX_NAME: usize = 128;
+const MAX_VALUE: usize = 32 << 10;
 
-/// Variables that change whose shell it is, or what a shell or the loader runs before anything was asked for.
+/// Variables that change the user's identity, or make a shell or the loader run something else first.
 const REFUSED: [&str; 18] = [
     "HOME",
     "USER",
@@ -26,13 +26,13 @@ const REFUSED: [&str; 18] = [
     "GLIBC_TUNABLES",
 ];
 
-/// Whether a client may set a variable: an ordinary name, not ours, not the loader's, not a search path.
+/// Whether a client may set a variable: it must not be one of ours, of the loader's, or a search path.
 pub(super) fn may_set(name: &str, value: &str) -> bool {
-    let ordinary = name.len() <= LONGEST_NAME
+    let ordinary = name.len() <= MAX_NAME
         && name.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_')
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     ordinary
-        && value.len() <= LONGEST_VALUE
+        && value.len() <= MAX_VALUE
         && !value.contains('\0')
         && !["LD_", "DYLD_", "LOOM_", "BASH_FUNC_"].iter().any(|prefix| name.starts_with(prefix))
         && !name.ends_with("PATH")
@@ -59,6 +59,6 @@ mod tests {
             assert!(!may_set(name, "value"), "{name}");
         }
         assert!(!may_set("LANG", "a\0b"));
-        assert!(!may_set("LANG", &"x".repeat(LONGEST_VALUE + 1)));
+        assert!(!may_set("LANG", &"x".repeat(MAX_VALUE + 1)));
     }
 }

@@ -1,9 +1,9 @@
-//! What a client sends on one channel, on its way from the connection's loop to the channel's task.
+//! The queue from the connection's loop to a channel's task, for what the client sends.
 //!
-//! The loop never waits for a program that does not read: it serves all channels, and the program may in turn wait for
-//! output that only the loop can take away. So the queue takes everything, and what bounds it is the SSH window: while
-//! more than [`ENOUGH`] waits anywhere, windows are no longer opened. A client that sends beyond its windows meets
-//! [`LIMIT`].
+//! The loop must not wait for a program that does not read: it serves all channels, and the program may be waiting for
+//! output that only the loop can send. So the queue itself accepts everything and the SSH window bounds it: while more
+//! than [`HIGH_WATER`] is queued for any channel, windows are not reopened. A client that ignores its windows runs into
+//! [`MAX_QUEUED`].
 
 use std::sync::{
     Arc,
@@ -13,19 +13,19 @@ use std::sync::{
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-/// With more bytes than this waiting, the client is given no more window.
-pub(super) const ENOUGH: usize = 1 << 20;
-/// With more bytes than this waiting, the client does not keep to its windows.
-pub(super) const LIMIT: usize = 64 << 20;
-/// What one entry weighs beside its bytes.
-const ENTRY: usize = 64;
+/// In bytes; above it the client's window is not reopened.
+pub(super) const HIGH_WATER: usize = 1 << 20;
+/// In bytes; only a client that ignores its windows can exceed it.
+pub(super) const MAX_QUEUED: usize = 64 << 20;
+/// Memory of an entry besides its data, in bytes.
+const ENTRY_OVERHEAD: usize = 64;
 
 /// One message from a client.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Input {
     /// Bytes for the program or the connection.
     Data(Bytes),
-    /// The client will send no more bytes.
+    /// The client has sent its last byte.
     Eof,
     /// The terminal's new size.
     Resize { rows: u16, cols: u16 },
@@ -35,7 +35,7 @@ pub(super) enum Input {
 
 impl Input {
     fn weight(&self) -> usize {
-        ENTRY
+        ENTRY_OVERHEAD
             + match self {
                 Self::Data(bytes) => bytes.len(),
                 Self::Signal(name) => name.len(),
@@ -44,19 +44,18 @@ impl Input {
     }
 }
 
-/// The connection's end. Dropping it says that the channel is closed.
+/// The connection's side. Dropping it closes the channel.
 pub(super) struct Inbox {
     queue: mpsc::UnboundedSender<Input>,
     waiting: Arc<AtomicUsize>,
 }
 
-/// The channel's end.
+/// The channel task's side.
 pub(super) struct Inputs {
     queue: mpsc::UnboundedReceiver<Input>,
     waiting: Arc<AtomicUsize>,
 }
 
-/// An empty queue.
 pub(super) fn inbox() -> (Inbox, Inputs) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let waiting = Arc::new(AtomicUsize::new(0));
@@ -64,10 +63,10 @@ pub(super) fn inbox() -> (Inbox, Inputs) {
 }
 
 impl Inbox {
-    /// Adds one thing; false when there is too much already. What a task that has ended is not told is of no interest.
+    /// Queues an input; false if the queue is full. Drops the input if the task has ended.
     pub(super) fn push(&self, input: Input) -> bool {
         let weight = input.weight();
-        if self.waiting() + weight > LIMIT {
+        if self.waiting() + weight > MAX_QUEUED {
             return false;
         }
         self.waiting.fetch_add(weight, Ordering::Relaxed);
@@ -75,7 +74,7 @@ impl Inbox {
         true
     }
 
-    /// Bytes that wait; none once the task has ended.
+    /// Queued bytes; zero once the task has ended.
     pub(super) fn waiting(&self) -> usize {
         if self.is_over() { 0 } else { self.waiting.load(Ordering::Relaxed) }
     }
@@ -87,7 +86,7 @@ impl Inbox {
 }
 
 impl Inputs {
-    /// The next thing; `None` once the channel is closed. Cancel-safe.
+    /// The next input; `None` once the channel is closed. Cancel-safe.
     pub(super) async fn next(&mut self) -> Option<Input> {
         let input = self.queue.recv().await?;
         self.waiting.fetch_sub(input.weight(), Ordering::Relaxed);
@@ -100,11 +99,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_waits_is_counted_until_it_is_taken() {
+    async fn queued_input_is_counted_until_it_is_taken() {
         let (inbox, mut inputs) = inbox();
-        assert!(inbox.push(Input::Data(Bytes::from(vec![0; ENOUGH]))));
+        assert!(inbox.push(Input::Data(Bytes::from(vec![0; HIGH_WATER]))));
         assert!(inbox.push(Input::Eof));
-        assert!(inbox.waiting() > ENOUGH);
+        assert!(inbox.waiting() > HIGH_WATER);
         assert!(matches!(inputs.next().await, Some(Input::Data(_))));
         assert_eq!(inputs.next().await, Some(Input::Eof));
         assert_eq!(inbox.waiting(), 0);

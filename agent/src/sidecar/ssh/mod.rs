@@ -1,15 +1,14 @@
-//! The SSH server at port 22 of the weaver's address in the tunnel.
+//! The SSH server on port 22 of the weaver's address in the tunnel.
 //!
-//! The tunnel has already proved whose device it is that comes, so SSH asks for nothing more; its host key, signed by
-//! the server's authority, is what the client checks. It gives sessions (shell, exec, sftp) that run in the user's
-//! container, and connections to the weaver's own ports; nothing else.
+//! The tunnel has already authenticated the device, so SSH requires no authentication; the client verifies the host key,
+//! which the server's SSH CA has signed. There are sessions (shell, exec, sftp) that run in the user's container, and
+//! connections to the weaver's own ports; nothing else.
 //!
 //! - [`session`]: a session channel's program; [`direct`]: a forwarded connection; [`environment`]: the client's
 //!   variables.
-//! - [`mod@inbox`]: what a client sends, on its way to a channel's task.
+//! - [`mod@inbox`]: the queue of a client's input for a channel's task.
 //!
-//! One connection is one loop, in `russh`, that calls [`Connection`]; nothing there waits. Each channel is a task of
-//! its own.
+//! Each connection is a loop in `russh` that calls [`Connection`], where nothing may block. Each channel is a task.
 
 mod direct;
 mod environment;
@@ -33,21 +32,21 @@ use russh::{
 };
 use tokio::task::JoinSet;
 
-use self::inbox::{ENOUGH, Inbox, Input, inbox};
+use self::inbox::{HIGH_WATER, Inbox, Input, inbox};
 use super::Sidecar;
 use crate::protocol::{ExecRequest, HostClient, Program, Pty};
 
-/// What a client may have under way on one channel, in bytes.
+/// The receive window of a channel, in bytes.
 const WINDOW: u32 = 4 << 20;
-/// The window target while a program does not keep up: a window is opened again only when it is used up to the last
-/// byte, and by so little that asking costs nearly nothing.
-const TRICKLE: u32 = 2;
-/// Channels of one connection at once.
-const MOST_CHANNELS: usize = 256;
+/// The window's target size while a program does not keep up: the window is reopened only when it is used up, and by
+/// next to nothing.
+const MINIMAL_WINDOW: u32 = 2;
+/// Concurrent channels of one connection.
+const MAX_CHANNELS: usize = 256;
 /// Variables that a client may set on one channel.
-const MOST_VARIABLES: usize = 128;
+const MAX_VARIABLES: usize = 128;
 
-/// What the server shows of itself: the host key and its certificate.
+/// The SSH server's configuration, with the host key and its certificate.
 pub(super) fn config(key: &PrivateKey, certificate: &str) -> Arc<Config> {
     let certificates = match Certificate::from_openssh(certificate) {
         Ok(certificate) => vec![certificate],
@@ -72,11 +71,7 @@ pub(super) fn config(key: &PrivateKey, certificate: &str) -> Arc<Config> {
     })
 }
 
-/// Serves one connection to its end.
-///
-/// # Errors
-///
-/// Those of the connection and of the protocol.
+/// Serves one connection until it ends.
 pub(super) async fn serve(
     sidecar: &Sidecar,
     address: Ipv6Addr,
@@ -94,7 +89,7 @@ pub(super) async fn serve(
     Ok(russh::server::run_stream(sidecar.ssh(), stream, connection).await?.await?)
 }
 
-/// One client's connection. Its channels end with it.
+/// A client's connection. Its channels end with it.
 struct Connection {
     host: HostClient,
     weaver: WeaverId,
@@ -104,15 +99,15 @@ struct Connection {
     tasks: JoinSet<()>,
 }
 
-/// One channel.
+/// A channel.
 enum Slot {
-    /// A session that has not been told what to run.
+    /// A session whose program was not requested yet.
     Waiting(Prepared),
     /// A task serves it.
     Running(Inbox),
 }
 
-/// What a session was told before its program.
+/// A session's settings before its program is requested.
 struct Prepared {
     write: ChannelWriteHalf<Msg>,
     env: BTreeMap<String, Secret>,
@@ -120,11 +115,11 @@ struct Prepared {
 }
 
 impl Connection {
-    /// Forgets channels whose tasks have ended; whether there is room for one more.
+    /// Removes channels whose tasks have ended; returns whether there is room for another.
     fn has_room(&mut self) -> bool {
         while self.tasks.try_join_next().is_some() {}
         self.channels.retain(|_, slot| !matches!(slot, Slot::Running(inbox) if inbox.is_over()));
-        self.channels.len() < MOST_CHANNELS
+        self.channels.len() < MAX_CHANNELS
     }
 
     fn prepared(&mut self, channel: ChannelId) -> Option<&mut Prepared> {
@@ -150,18 +145,18 @@ impl Connection {
         self.channels.insert(channel, Slot::Running(inbox));
         let client = session::Client { write, handle: session.handle() };
         let request = ExecRequest { program, env, cwd: None, pty };
-        // The answer comes before anything that the task sends.
+        // The reply must precede anything that the task sends.
         session.channel_success(channel)?;
         self.tasks.spawn(session::run(self.host.clone(), request, client, inputs));
         Ok(())
     }
 
-    /// Hands on what the client said; a client that does not keep to its windows loses the channel.
+    /// Queues a client's input; closes the channel if the client ignores its window.
     fn push(&mut self, channel: ChannelId, input: Input, session: &mut Session) -> Result<(), russh::Error> {
         if let Some(Slot::Running(inbox)) = self.channels.get(&channel)
             && !inbox.push(input)
         {
-            tracing::warn!(user = self.user, "a client sends more than its window: the channel is closed");
+            tracing::warn!(user = self.user, "a client exceeds its window; closing the channel");
             self.channels.remove(&channel);
             session.close(channel)?;
         }
@@ -186,7 +181,7 @@ impl Handler for Connection {
             reply.reject(ChannelOpenFailure::ResourceShortage).await;
             return Ok(());
         }
-        // The half for reading is a bounded queue that the loop would wait for.
+        // Drop the reading half, a bounded queue on which the loop would block.
         let (_, write) = channel.split();
         self.channels.insert(write.id(), Slot::Waiting(Prepared { write, env: BTreeMap::new(), pty: None }));
         reply.accept().await;
@@ -228,7 +223,7 @@ impl Handler for Connection {
     ) -> Result<(), Self::Error> {
         if environment::may_set(variable_name, variable_value)
             && let Some(prepared) = self.prepared(channel)
-            && prepared.env.len() < MOST_VARIABLES
+            && prepared.env.len() < MAX_VARIABLES
         {
             prepared.env.insert(variable_name.to_owned(), Secret::from(variable_value.to_owned()));
             return session.channel_success(channel);
@@ -303,9 +298,9 @@ impl Handler for Connection {
     }
 
     fn adjust_window(&mut self, _channel: ChannelId, _current: u32) -> u32 {
-        // The target is the connection's, so one program that lags holds back what else is sent, though no output.
-        let lags = |slot: &Slot| matches!(slot, Slot::Running(inbox) if inbox.waiting() > ENOUGH);
-        if self.channels.values().any(lags) { TRICKLE } else { WINDOW }
+        // The target applies to the whole connection, so one slow program holds up all input, though no output.
+        let lags = |slot: &Slot| matches!(slot, Slot::Running(inbox) if inbox.waiting() > HIGH_WATER);
+        if self.channels.values().any(lags) { MINIMAL_WINDOW } else { WINDOW }
     }
 
     async fn channel_eof(&mut self, channel: ChannelId, session: &mut Session) -> Result<(), Self::Error> {
@@ -318,7 +313,7 @@ impl Handler for Connection {
     }
 }
 
-/// A terminal's extent; nobody has more cells than fit.
+/// A terminal's width or height.
 fn cells(count: u32) -> u16 {
     u16::try_from(count).unwrap_or(u16::MAX)
 }

@@ -1,4 +1,4 @@
-//! One session channel: a program in the weaver, and the client that speaks with it (RFC 4254 §6).
+//! A session channel: a program in the weaver and its client (RFC 4254 §6).
 
 use russh::{
     ChannelWriteHalf, Sig,
@@ -8,33 +8,33 @@ use russh::{
 use super::inbox::{Input, Inputs};
 use crate::protocol::{ExecEvent, ExecInput, ExecOutput, ExecRequest, ExecSession, ExitStatus, HostClient, HostError};
 
-/// Extended data of this type is standard error (RFC 4254 §5.2).
+/// The extended data type of standard error (RFC 4254 §5.2).
 const STDERR: u32 = 1;
-/// The exit code when the program could not be run for a reason that is not its own.
+/// The exit code if the program could not be run for a reason other than itself.
 const NOT_RUN: i32 = 255;
 
 /// The client's side of the channel.
 pub(super) struct Client {
-    /// Where output goes, under the client's window.
+    /// Sends output, within the client's window.
     pub(super) write: ChannelWriteHalf<Msg>,
-    /// For the one message that the former has no method for.
+    /// For a message that [`ChannelWriteHalf`] has no method for.
     pub(super) handle: Handle,
 }
 
-/// Runs a program to its end, or until the client closes the channel. The exit status goes out after all output, then
-/// the end of the data, then the close.
+/// Runs a program until it ends or the client closes the channel. After all output come the exit status, the EOF and the
+/// close.
 pub(super) async fn run(host: HostClient, request: ExecRequest, client: Client, inputs: Inputs) {
     let status = match host.exec(request).await {
         Ok(ExecSession { input, output }) => {
             tokio::select! {
-                status = give_output(output, &client) => status,
-                // The program is hung up on by what is dropped here.
-                () = take_input(inputs, input) => return,
+                status = send_output(output, &client) => status,
+                // Dropping the session sends `SIGHUP` to the program.
+                () = forward_input(inputs, input) => return,
             }
         }
-        Err(error) => complain(&error, &client, inputs).await,
+        Err(error) => report_failure(&error, &client, inputs).await,
     };
-    // An error here is a client that has gone.
+    // An error here means that the client has disconnected.
     if let Some(status) = status {
         let _ = finish(&client, status).await;
     } else {
@@ -42,8 +42,8 @@ pub(super) async fn run(host: HostClient, request: ExecRequest, client: Client, 
     }
 }
 
-/// Passes output on until the program has ended; `None` when the client has gone.
-async fn give_output(mut output: ExecOutput, client: &Client) -> Option<ExitStatus> {
+/// Sends output until the program has ended; `None` if the client has disconnected.
+async fn send_output(mut output: ExecOutput, client: &Client) -> Option<ExitStatus> {
     loop {
         let sent = match output.next().await {
             Ok(Some(ExecEvent::Stdout(bytes))) => client.write.data_bytes(bytes).await,
@@ -59,8 +59,8 @@ async fn give_output(mut output: ExecOutput, client: &Client) -> Option<ExitStat
     }
 }
 
-/// Passes on what the client says, until it closes the channel.
-async fn take_input(mut inputs: Inputs, mut program: ExecInput) {
+/// Forwards the client's input until it closes the channel.
+async fn forward_input(mut inputs: Inputs, mut program: ExecInput) {
     while let Some(input) = inputs.next().await {
         let taken = match input {
             Input::Data(bytes) => program.data(bytes).await,
@@ -69,15 +69,15 @@ async fn take_input(mut inputs: Inputs, mut program: ExecInput) {
             Input::Signal(name) => program.signal(&name).await,
         };
         if taken.is_err() {
-            // The program has ended, or the connection to it: its output tells which. Only the close is waited for.
+            // The program or the connection to it has ended; the output tells which. Just wait for the close.
             while inputs.next().await.is_some() {}
             return;
         }
     }
 }
 
-/// Says why a program was not run, as a shell would; its exit status.
-async fn complain(error: &HostError, client: &Client, mut inputs: Inputs) -> Option<ExitStatus> {
+/// Prints why a program was not run, as a shell would; returns the exit status.
+async fn report_failure(error: &HostError, client: &Client, mut inputs: Inputs) -> Option<ExitStatus> {
     let code = match error {
         HostError::Refused(failure) => failure.exit_code(),
         _ => NOT_RUN,

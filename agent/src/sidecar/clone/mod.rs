@@ -1,10 +1,10 @@
-//! The repository that the weaver is to work on, cloned into the workspace without `git`.
+//! Clones the weaver's repository into the workspace, without `git`.
 //!
-//! The clone is made beside its place and renamed when it is whole, so what stands there is finished: a sidecar that
-//! starts again leaves it as the user has made it since, and clears away what its predecessor left half-done.
+//! The clone is made in a temporary directory and renamed when it is complete. A restarted sidecar therefore leaves a
+//! complete clone alone, whatever the user has changed since, and removes what its predecessor left incomplete.
 //!
-//! `file://` repositories, on a developer's own machine, are read by `git upload-pack`. The repository may then belong
-//! to another user than the sidecar; the process is told that this is meant, since it would refuse.
+//! `file://` repositories, on a developer's own machine, are read by `git upload-pack`. It would refuse a repository
+//! that belongs to another user than the sidecar, so it is told to allow that.
 
 use std::{
     error::Error as _,
@@ -23,18 +23,18 @@ use gix::protocol::transport::{
 };
 use parking_lot::Mutex;
 
-/// What is to be cloned, and where.
+/// What to clone, and where.
 #[derive(Debug, Clone)]
 pub(crate) struct Repository {
     pub(crate) url: String,
-    /// The branch; the repository's own default when there is none.
+    /// The branch; by default the repository's.
     pub(crate) branch: Option<String>,
     pub(crate) workspace: PathBuf,
     /// Directories that `file://` repositories may be in.
     pub(crate) file_repositories: Vec<PathBuf>,
 }
 
-/// Why a clone failed, in words, without a full stop.
+/// Why a clone failed, for the user to read.
 #[derive(Debug, thiserror::Error)]
 #[error("the clone failed: {0}")]
 pub(crate) struct CloneError(String);
@@ -50,35 +50,31 @@ pub(crate) fn directory_name(url: &str) -> Option<&str> {
 }
 
 impl Repository {
-    /// Where the clone will stand.
+    /// The directory of the clone.
     ///
     /// # Errors
     ///
-    /// When the URL names no repository, or is of a kind that is not allowed here.
+    /// When the URL names no repository, or its scheme is not allowed here.
     pub(crate) fn destination(&self) -> Result<PathBuf, CloneError> {
         let scheme = self.url.split_once("://").map(|(scheme, _)| scheme);
         match scheme {
             Some("https" | "http" | "git") => {}
             Some("file") if !self.file_repositories.is_empty() => {}
             Some("file") => return Err(CloneError("file:// repositories are for local weavers only".to_owned())),
-            _ => return Err(CloneError(format!("{} is not an https:// URL", shown(&self.url)))),
+            _ => return Err(CloneError(format!("{} is not an https:// URL", without_credentials(&self.url)))),
         }
         let name = directory_name(&self.url)
-            .ok_or_else(|| CloneError(format!("{} does not name a repository", shown(&self.url))))?;
+            .ok_or_else(|| CloneError(format!("{} does not name a repository", without_credentials(&self.url))))?;
         Ok(self.workspace.join(name))
     }
 
     /// Makes the clone. Dropping the future stops it at the next opportunity.
-    ///
-    /// # Errors
-    ///
-    /// Why it failed, in words.
     pub(crate) async fn run(self) -> Result<(), CloneError> {
         let interrupt = Interrupt(Arc::new(AtomicBool::new(false)));
         let flag = Arc::clone(&interrupt.0);
         let done = tokio::task::spawn_blocking(move || self.run_blocking(&flag)).await;
         drop(interrupt);
-        done.unwrap_or_else(|_| Err(CloneError("it came to an unexpected end".to_owned())))
+        done.unwrap_or_else(|_| Err(CloneError("it ended unexpectedly".to_owned())))
     }
 
     fn run_blocking(&self, interrupt: &AtomicBool) -> Result<(), CloneError> {
@@ -92,7 +88,7 @@ impl Repository {
         }
         let cloned = self.fetch_and_check_out(&temporary, interrupt);
         if let Err(error) = cloned {
-            // What is left of it is removed at the next try, too.
+            // If this fails, the next attempt removes it.
             let _ = fs::remove_dir_all(&temporary);
             return Err(error);
         }
@@ -102,7 +98,7 @@ impl Repository {
     fn fetch_and_check_out(&self, into: &Path, interrupt: &AtomicBool) -> Result<(), CloneError> {
         let failed = |error: gix::Error| self.explain(&error);
         let local = self.local_path()?;
-        // The library makes paths absolute, and the way from the root may be closed to the weaver's user.
+        // The library makes paths absolute, but the weaver's user may have no access to the parent directories.
         let into = Path::new("/proc/self/cwd").join(into);
         let uploader = Uploader::default();
         let guard = uploader.clone();
@@ -115,7 +111,7 @@ impl Repository {
         )
         .map_err(failed)?
         .configure_connection(move |connection| {
-            // Nobody is there to be asked for a password.
+            // There is nobody to ask for a password.
             connection.set_credentials(|_| Ok(None));
             if let Some(path) = &local {
                 *connection.transport_mut() = Box::new(uploader.start(path)?);
@@ -124,7 +120,7 @@ impl Repository {
         })
         .with_ref_name(self.branch.as_deref())
         .map_err(|_| {
-            CloneError(format!("{:?} cannot be a branch's name", self.branch.as_deref().unwrap_or_default()))
+            CloneError(format!("{:?} is not a valid branch name", self.branch.as_deref().unwrap_or_default()))
         })?;
         let fetched = prepared.fetch_then_checkout(gix::progress::Discard, interrupt);
         guard.end();
@@ -136,7 +132,7 @@ impl Repository {
         Ok(())
     }
 
-    /// The path of a `file://` repository, which must be there, and in a directory that is offered.
+    /// The path of a `file://` repository, which must exist in one of the offered directories.
     fn local_path(&self) -> Result<Option<PathBuf>, CloneError> {
         let Some(path) = self.url.strip_prefix("file://") else { return Ok(None) };
         match Path::new(path).canonicalize() {
@@ -151,7 +147,7 @@ impl Repository {
         }
     }
 
-    /// Turns what the library says into what the user must know.
+    /// Turns the library's error into one for the user.
     fn explain(&self, error: &gix::Error) -> CloneError {
         let mut words = error.to_string();
         let mut source = error.source();
@@ -163,7 +159,7 @@ impl Repository {
             source = inner.source();
         }
         let words = words.replace('\n', " ");
-        let url = shown(&self.url);
+        let url = without_credentials(&self.url);
         let has = |needles: &[&str]| needles.iter().any(|needle| words.contains(needle));
         if let Some(branch) = &self.branch
             && has(&["have any ref that matched", "Unmapped"])
@@ -181,8 +177,8 @@ impl Repository {
     }
 }
 
-/// A URL without the user and password that may stand in it.
-fn shown(url: &str) -> String {
+/// The URL without user name and password.
+fn without_credentials(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
@@ -212,7 +208,7 @@ impl Uploader {
             .arg("--strict")
             .arg(repository(path))
             .env("GIT_PROTOCOL", "version=2")
-            // The repository was named by the user; whose it is does not matter for reading.
+            // The user chose the repository, so it does not matter who owns it.
             .env("GIT_CONFIG_COUNT", "1")
             .env("GIT_CONFIG_KEY_0", "safe.directory")
             .env("GIT_CONFIG_VALUE_0", "*")
@@ -223,14 +219,14 @@ impl Uploader {
             .map_err(failed)?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
         self.0.lock().replace(child);
-        let (stdin, stdout) = (stdin.expect("it was piped"), stdout.expect("it was piped"));
+        let (stdin, stdout) = (stdin.expect("piped above"), stdout.expect("piped above"));
         let path = path.to_string_lossy().into_owned();
         Ok(Connection::new(stdout, stdin, Protocol::V2, path, None::<(String, _)>, ConnectMode::Process, false))
     }
 
     fn end(&self) {
         if let Some(mut child) = self.0.lock().take() {
-            // It has ended by itself when all went well.
+            // After a successful clone it has exited already.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -243,7 +239,7 @@ impl Drop for Uploader {
     }
 }
 
-/// `--strict` takes the repository's own directory only.
+/// The `.git` directory if there is one: `--strict` accepts nothing else.
 fn repository(path: &Path) -> PathBuf {
     let inside = path.join(".git");
     if inside.exists() { inside } else { path.to_owned() }

@@ -1,7 +1,7 @@
-//! Between the sidecar and the host: one unix socket, one connection per operation.
+//! The protocol between the sidecar and the host: one unix socket, one connection per operation.
 //!
 //! The host listens on `<run dir>/host.sock` ([`socket_path`]); the sidecar connects. A connection carries one
-//! operation, so each has its own back-pressure, and a sidecar that dies takes nothing with it but its open sessions.
+//! operation, so each has its own back-pressure, and a dying sidecar ends nothing but its open sessions.
 //!
 //! ```text
 //! client → host   u32 BE length | JSON Request           (≤ 1 MiB)
@@ -20,14 +20,14 @@
 //! | [`Request::Dial`] | – | the reply carries the connected socket by `SCM_RIGHTS` |
 //! | [`Request::Expiring`] | – | – |
 //!
-//! `Stdin` is bounded by a window, so that resizes, signals and the end of the connection are always read, even when
-//! the program does not read its input: the client may have [`STDIN_WINDOW`] bytes under way, and each `Window` frame
-//! gives back what the program took. When the connection of an exec closes before its exit, the program is hung up on.
+//! `Stdin` is limited by a window, so that resizes, signals and the end of the connection are always read, even when the
+//! program does not read its input: the client may have [`STDIN_WINDOW`] bytes in flight, and each `Window` frame returns
+//! as much as the program has read. When an exec's connection closes before the exit, the program gets `SIGHUP`.
 //!
-//! When the main program has ended, everybody who watches is told, with the end of its output. The host then stays
-//! until they have closed their connections (to them that is: "reported"), and at most for [`LINGER`].
+//! When the main program has ended, all watching clients receive its exit status and last output. The host then stays
+//! until they have closed their connections, by which they say that they have reported it, but at most for [`LINGER`].
 //!
-//! [`HostClient`] is the client's side in full; [`FrameCodec`] and the types here are what both sides share.
+//! [`HostClient`] is the client's side; [`FrameCodec`] and the types here are shared by both sides.
 
 mod client;
 mod connect;
@@ -54,79 +54,70 @@ pub use self::{
     frame::{Frame, FrameCodec, FrameKind, encode_message, read_message, write_message},
 };
 
-/// The largest request or reply, in bytes: an environment is the largest thing in them.
+/// In bytes, of a request or reply; the environment is the largest part.
 pub const MAX_MESSAGE: usize = 1 << 20;
-/// The largest payload of a stream's frame, in bytes.
+/// In bytes, of a stream frame's payload.
 pub const MAX_FRAME: usize = 64 << 10;
-/// The largest payload of an attach or watch frame, in bytes: a snapshot is one frame, and so is a last state.
+/// In bytes, of an attach or watch frame's payload: a snapshot is one frame, and so is the final state.
 pub const MAX_LARGE_FRAME: usize = attach::MAX_FRAME;
-/// How many bytes of standard input a client may send ahead of the program, in bytes.
+/// How far a client may send standard input ahead of the program, in bytes.
 pub const STDIN_WINDOW: usize = 256 << 10;
 
-/// How long the host outlives the main program, at most: the time a sidecar has to take its last words.
+/// How long the host outlives the main program at most, for the sidecar to collect the exit status.
 pub const LINGER: Duration = Duration::from_secs(3);
 
-/// The socket's name in the run directory.
 const SOCKET: &str = "host.sock";
 
-/// Where the host listens.
 #[must_use]
 pub fn socket_path(run_dir: &Path) -> PathBuf {
     run_dir.join(SOCKET)
 }
 
-/// The first message on a connection: what the client wants.
+/// The first message on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
-    /// Starts the main program. The second and later ones change nothing, so that a new sidecar may repeat it.
+    /// Starts the main program. Has no effect if it was started before, so that a new sidecar may repeat it.
     Start(StartRequest),
-    /// The main program's state and the listening ports, now and at every change.
+    /// Subscribes to the main program's state and the listening ports.
     Watch,
-    /// Runs one more program.
+    /// Runs another program.
     Exec(ExecRequest),
-    /// Joins the main terminal.
+    /// Attaches to the main terminal.
     Attach(AttachQuery),
-    /// The main program's output, from the oldest byte kept.
+    /// Reads the main program's output, from the oldest byte kept.
     Logs {
-        /// Goes on with what comes, until the program ends.
+        /// Whether to continue with new output until the program ends.
         follow: bool,
     },
     /// Connects to a TCP port of the weaver.
-    Dial {
-        /// The port.
-        port: u16,
-    },
-    /// Tells everybody who is attached that the weaver ends soon.
-    Expiring {
-        /// In so many seconds.
-        seconds: u64,
-    },
+    Dial { port: u16 },
+    /// Tells all attached clients that the weaver ends in so many seconds.
+    Expiring { seconds: u64 },
 }
 
 /// [`Request::Start`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartRequest {
-    /// The program and its arguments; a login shell when there is none.
+    /// The program and its arguments; a login shell when absent.
     pub command: Option<Vec<String>>,
-    /// Environment for the main program and every later exec, on top of the image's own.
+    /// Environment for the main program and every later exec, in addition to the image's.
     pub env: BTreeMap<String, Secret>,
-    /// The working directory, also the default of every later exec. The home directory when it is left out or missing.
+    /// The working directory, also the default for every later exec. The home directory if absent or not there.
     pub cwd: Option<String>,
 }
 
 /// [`Request::Exec`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecRequest {
-    /// What to run.
     pub program: Program,
-    /// Environment on top of the weaver's.
+    /// Environment in addition to the weaver's.
     #[serde(default)]
     pub env: BTreeMap<String, Secret>,
-    /// The working directory; that of [`StartRequest`] when it is left out.
+    /// The working directory; by default that of [`StartRequest`].
     #[serde(default)]
     pub cwd: Option<String>,
-    /// The terminal, if the program is to have one. Standard error then comes as standard output.
+    /// The terminal, if the program is to have one. Standard error is then part of standard output.
     #[serde(default)]
     pub pty: Option<Pty>,
 }
@@ -137,7 +128,7 @@ pub struct ExecRequest {
 pub enum Program {
     /// The user's shell as a login shell (SSH's `shell` request).
     LoginShell,
-    /// A line for the user's shell, run with `-c` (SSH's `exec` request).
+    /// A command line for the user's shell, run with `-c` (SSH's `exec` request).
     Shell(String),
     /// A program and its arguments, without a shell.
     Argv(Vec<String>),
@@ -145,23 +136,21 @@ pub enum Program {
     Sftp,
 }
 
-/// A terminal to be made for an exec.
+/// The terminal of an exec.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pty {
-    /// `TERM`; `xterm-256color` when it is empty.
+    /// `TERM`; `xterm-256color` if empty.
     pub term: String,
-    /// Rows; 24 when it is 0.
+    /// 24 if 0.
     pub rows: u16,
-    /// Columns; 80 when it is 0.
+    /// 80 if 0.
     pub cols: u16,
 }
 
 /// A terminal's new size: the payload of [`FrameKind::Resize`], as JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowSize {
-    /// Rows.
     pub rows: u16,
-    /// Columns.
     pub cols: u16,
 }
 
@@ -173,15 +162,15 @@ pub struct ExitStatus {
     /// The signal that ended it, as SSH names it (RFC 4254 §6.10): `TERM`, `KILL`, …
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal: Option<String>,
-    /// Whether it left a core.
+    /// Whether the kernel wrote a core dump.
     #[serde(default)]
     pub core_dumped: bool,
 }
 
-/// What [`Request::Watch`] tells: the payload of [`FrameKind::State`], as JSON.
+/// The payload of [`FrameKind::State`], as JSON.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostState {
-    /// The main program. Its `tail`, once it has ended, is what the control link wants.
+    /// The main program's state, in the form of the control link.
     pub main: MainState,
     /// TCP ports that processes in the weaver listen on, ascending, each once.
     pub ports: Vec<u16>,
@@ -191,19 +180,19 @@ pub struct HostState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
-    /// It is done, or the stream begins.
+    /// The request is done, or its stream begins.
     Ok,
-    /// It is not done; the connection closes.
+    /// The connection closes after this.
     Failed(Failure),
 }
 
-/// Why the host did not do what was asked.
+/// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
-    /// The kind, for programs.
+    /// For programs.
     pub kind: FailureKind,
-    /// What failed and why, in a sentence without a full stop, for people.
+    /// For people: what failed and why, without a full stop.
     pub message: String,
 }
 
@@ -212,7 +201,7 @@ impl Failure {
         Self { kind, message: message.into() }
     }
 
-    /// The exit code that a shell would give for this failure: 127 not found, 126 not executable, else 255.
+    /// The exit code as a shell would give it: 127 if not found, 126 if not executable, else 255.
     #[must_use]
     pub const fn exit_code(&self) -> i32 {
         match self.kind {
@@ -223,12 +212,11 @@ impl Failure {
     }
 }
 
-/// The kinds of [`Failure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FailureKind {
-    /// The request cannot be read, or names what cannot be.
+    /// The request is malformed, or has an invalid value.
     InvalidRequest,
     /// The main program was not started within the time that the host waits for it.
     NotStarted,
@@ -236,17 +224,17 @@ pub enum FailureKind {
     NoShell,
     /// The program does not exist.
     CommandNotFound,
-    /// The program exists and cannot be executed.
+    /// The program exists but cannot be executed.
     CommandNotExecutable,
     /// Nothing listens on the port.
     PortRefused,
-    /// The host has as many connections as it serves at once.
+    /// The host has reached its limit of connections.
     TooMany,
-    /// The host is going down.
+    /// The main program has ended, and the host is shutting down.
     ShuttingDown,
-    /// Anything else: no memory, no process, no pseudo-terminal.
+    /// Any other failure, such as a lack of memory, processes or pseudo-terminals.
     Internal,
-    /// A kind that this build does not know.
+    /// Sent by a newer host, and unknown to this build.
     #[serde(other)]
     Unknown,
 }

@@ -1,9 +1,8 @@
 //! The SFTP server: version 3, as OpenSSH speaks it, on a pair of byte streams.
 //!
-//! It runs as a process of its own, as the user and in the user's container, so the kernel's permissions are the only
-//! ones there are. Requests are answered one after the other; clients keep many under way. Paths are taken from the
-//! working directory, which is that of the weaver's shells: `scp file ID.loom:` and `ssh ID.loom ls` mean the same
-//! place.
+//! It runs in a process of its own, as the user and in the user's container, so the kernel enforces all permissions.
+//! Requests are answered in order; clients keep many in flight. Paths are relative to the working directory, which is
+//! that of the weaver's shells: `scp file ID.loom:` and `ssh ID.loom ls` use the same directory.
 
 mod wire;
 
@@ -25,20 +24,19 @@ use rustix::fs::{
 
 use self::wire::{Attributes, Fields, Refusal, Reply, Status, request};
 
-/// The protocol's version.
 const VERSION: u32 = 3;
-/// The longest packet, in bytes, as OpenSSH has it.
+/// In bytes, the same as OpenSSH's.
 const MAX_PACKET: usize = 256 << 10;
-/// The most that one read or write carries, in bytes: a packet less its head.
+/// In one read or write, in bytes: a packet without its header.
 const MAX_DATA: u32 = (MAX_PACKET - 1024) as u32;
-/// How many files and directories may be open at once.
+/// Open files and directories.
 const MAX_HANDLES: usize = 256;
-/// How many names one reply carries.
-const NAMES: usize = 100;
+/// File names in one reply.
+const MAX_NAMES: usize = 100;
 /// The permission bits that a client may set.
 const PERMISSIONS: u32 = 0o7777;
-/// Files older than this are listed with their year, in seconds: half a year.
-const LISTED_WITH_TIME: i64 = 182 * 24 * 3600;
+/// In seconds; older files are listed with their year instead of the time, as in `ls -l`.
+const HALF_A_YEAR: i64 = 182 * 24 * 3600;
 
 /// The extensions that are served (OpenSSH's PROTOCOL file, §4), with their versions.
 const EXTENSIONS: [(&str, &str); 7] = [
@@ -51,11 +49,7 @@ const EXTENSIONS: [(&str, &str); 7] = [
     ("expand-path@openssh.com", "1"),
 ];
 
-/// Serves until the input ends.
-///
-/// # Errors
-///
-/// Those of the streams, and `InvalidData` when a packet is longer than allowed.
+/// Serves until the input ends. Fails when a stream fails or a packet is too long.
 pub(crate) fn serve(input: impl Read, output: impl Write) -> io::Result<()> {
     let mut input = BufReader::with_capacity(MAX_PACKET, input);
     let mut output = BufWriter::with_capacity(MAX_PACKET, output);
@@ -63,7 +57,7 @@ pub(crate) fn serve(input: impl Read, output: impl Write) -> io::Result<()> {
     let mut packet = Vec::new();
     while read_packet(&mut input, &mut packet)? {
         output.write_all(&server.answer(&packet).into_packet())?;
-        // While requests are waiting, their answers may go together.
+        // While more requests are buffered, keep collecting replies.
         if input.buffer().is_empty() {
             output.flush()?;
         }
@@ -87,7 +81,7 @@ fn read_packet(input: &mut BufReader<impl Read>, packet: &mut Vec<u8>) -> io::Re
     Ok(true)
 }
 
-/// What a client has open.
+/// The client's open files and directories.
 #[derive(Default)]
 struct Server {
     handles: BTreeMap<u32, Handle>,
@@ -109,7 +103,7 @@ impl Server {
             return Reply::status(0, Status::BadMessage, "Bad message");
         };
         if kind == request::INIT {
-            // In place of an id there is the client's version.
+            // This packet has no id, but the client's version in its place.
             return Reply::version(VERSION, &EXTENSIONS);
         }
         let answer = self.serve(kind, id, &mut fields);
@@ -155,7 +149,7 @@ impl Server {
             request::REALPATH => Ok(name(id, &real_path(fields.path()?)?)),
             request::RENAME => rename_to_new(fields.path()?, fields.path()?).map(|()| done(id)),
             request::READLINK => Ok(name(id, &fs::read_link(fields.path()?)?)),
-            // The target comes first: the draft says otherwise, OpenSSH's PROTOCOL file (§4.1) tells why all do it so.
+            // The target comes first. The draft says otherwise; OpenSSH's PROTOCOL file (§4.1) explains why everyone does this.
             request::SYMLINK => {
                 let (target, link) = (fields.path()?, fields.path()?);
                 Ok(std::os::unix::fs::symlink(target, link).map(|()| done(id))?)
@@ -206,7 +200,7 @@ impl Server {
         let (path, flags, attributes) = (fields.path()?, fields.u32()?, fields.attributes()?);
         let mode = Mode::from_raw_mode(attributes.permissions.unwrap_or(0o666) & PERMISSIONS);
         let file = open(path, open_flags(flags), mode)?;
-        self.keep(id, Handle::File(file.into()))
+        self.add_handle(id, Handle::File(file.into()))
     }
 
     fn read(&mut self, id: u32, fields: &mut Fields<'_>) -> Answer {
@@ -222,7 +216,7 @@ impl Server {
     fn open_directory(&mut self, id: u32, path: &Path) -> Answer {
         let found = fs::read_dir(path)?.filter_map(|entry| Some(entry.ok()?.file_name().as_bytes().to_vec()));
         let entries = [b".".to_vec(), b"..".to_vec()].into_iter().chain(found);
-        self.keep(id, Handle::Directory { path: path.to_owned(), entries: Box::new(entries) })
+        self.add_handle(id, Handle::Directory { path: path.to_owned(), entries: Box::new(entries) })
     }
 
     fn read_directory(&mut self, id: u32, handle: u32) -> Answer {
@@ -230,9 +224,9 @@ impl Server {
             return Err(no_handle());
         };
         let now = Timestamp::now().as_second();
-        let listed = entries.take(NAMES).map(|name| {
+        let listed = entries.take(MAX_NAMES).map(|name| {
             let file = path.join(std::ffi::OsStr::from_bytes(&name));
-            // It may have gone since its name was read.
+            // The file may have been removed since its name was read.
             let metadata = fs::symlink_metadata(file).ok();
             let attributes = metadata.as_ref().map(Attributes::from).unwrap_or_default();
             let mut line = metadata.map(|metadata| line(&metadata, now).into_bytes()).unwrap_or_default();
@@ -243,7 +237,7 @@ impl Server {
         if names.is_empty() { Err(end()) } else { Ok(Reply::names(id, &names)) }
     }
 
-    fn keep(&mut self, id: u32, handle: Handle) -> Answer {
+    fn add_handle(&mut self, id: u32, handle: Handle) -> Answer {
         if self.handles.len() == MAX_HANDLES {
             return Err(Refusal::new(Status::Failure, "Too many open files"));
         }
@@ -273,7 +267,7 @@ fn no_handle() -> Refusal {
     Refusal::new(Status::Failure, "No such handle")
 }
 
-/// A single name, as realpath and readlink answer.
+/// The reply to realpath and readlink: a single name.
 fn name(id: u32, path: &Path) -> Reply {
     let name = path.as_os_str().as_bytes().to_vec();
     Reply::names(id, &[(name.clone(), name, Attributes::default())])
@@ -326,7 +320,7 @@ fn set_file_attributes(file: &File, attributes: &Attributes) -> Result<(), Refus
     Ok(())
 }
 
-/// The same without following a link at the path's end; a link has neither size nor permissions to set.
+/// As [`set_attributes`], but does not follow a link at the path's end. Links have no settable size or permissions.
 fn set_link_attributes(path: &Path, attributes: &Attributes) -> Result<(), Refusal> {
     if !fs::symlink_metadata(path)?.is_symlink() {
         return set_attributes(path, attributes);
@@ -345,7 +339,7 @@ fn timestamps((access, change): (u32, u32)) -> Timestamps {
     Timestamps { last_access: time(access), last_modification: time(change) }
 }
 
-/// The path without links and dots; its last part need not exist.
+/// Resolves links and dots; the last component need not exist.
 fn real_path(path: &Path) -> Result<PathBuf, Refusal> {
     match (fs::canonicalize(path), path.parent(), path.file_name()) {
         (Ok(real), ..) => Ok(real),
@@ -357,7 +351,7 @@ fn real_path(path: &Path) -> Result<PathBuf, Refusal> {
     }
 }
 
-/// A leading `~` as a shell reads it; other users' homes are not looked up.
+/// Expands a leading `~` as a shell does, except for other users' homes.
 fn expand(path: &Path) -> Result<PathBuf, Refusal> {
     match path.strip_prefix("~") {
         Ok(rest) => {
@@ -371,10 +365,10 @@ fn expand(path: &Path) -> Result<PathBuf, Refusal> {
     }
 }
 
-/// Renames, and fails when the new name is taken (§6.5).
+/// Renames; fails if the new name exists (§6.5).
 fn rename_to_new(old: &Path, new: &Path) -> Result<(), Refusal> {
     match renameat_with(CWD, old, CWD, new, RenameFlags::NOREPLACE) {
-        // A file system that cannot do it in one step.
+        // The file system cannot do this atomically.
         Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
             if fs::symlink_metadata(new).is_ok() {
                 return Err(Refusal::new(Status::Failure, "File exists"));
@@ -385,7 +379,7 @@ fn rename_to_new(old: &Path, new: &Path) -> Result<(), Refusal> {
     }
 }
 
-/// A file's line as `ls -l` prints it, up to its name.
+/// A file's line as in `ls -l`, up to its name.
 fn line(metadata: &fs::Metadata, now: i64) -> String {
     let mode = metadata.mode();
     let kind = match mode & libc::S_IFMT {
@@ -412,7 +406,7 @@ fn line(metadata: &fs::Metadata, now: i64) -> String {
         })
         .collect();
     let changed = Timestamp::from_second(metadata.mtime()).unwrap_or(Timestamp::UNIX_EPOCH);
-    let recent = (now - metadata.mtime()).abs() < LISTED_WITH_TIME;
+    let recent = (now - metadata.mtime()).abs() < HALF_A_YEAR;
     let date = changed.strftime(if recent { "%b %e %H:%M" } else { "%b %e  %Y" });
     let (links, user, group, size) = (metadata.nlink(), metadata.uid(), metadata.gid(), metadata.size());
     format!("{kind}{permissions} {links:>4} {user:<8} {group:<8} {size:>8} {date} ")

@@ -59,7 +59,8 @@ impl App {
         let secrets = Arc::new(Secrets::load(&config.data_dir.join("secret.key"))?);
         let store = Store::open(&config.data_dir.join("loom.db")).await?;
         sign_in::make_first_user(&store, &config.data_dir).await?;
-        let listener = Listener::bind(config.listen, config.tls.as_ref(), &config.listener)
+        let metrics = Arc::new(Metrics::default());
+        let listener = Listener::bind(config.listen, config.tls.as_ref(), &config.listener, metrics.refusals.clone())
             .context("is another server running there?")?;
         let address = listener.address();
         let url = match (&config.public_url, &config.tls) {
@@ -70,7 +71,6 @@ impl App {
         // A certificate is for the public name.
         let own_url = if config.tls.is_some() { url.clone() } else { format!("http://{address}") };
 
-        let metrics = Arc::new(Metrics::default());
         let (changes, changed) = mpsc::channel(QUEUE);
         let provisioner: Arc<dyn Provisioner> = match &config.backend {
             Backend::Local(local) => {
@@ -110,7 +110,10 @@ impl App {
         };
         tasks.spawn(revocation.run());
         let metrics_listener = match config.metrics_listen {
-            Some(address) => Some(Listener::bind(address, None, &config.listener).context("for metrics")?),
+            Some(address) => {
+                let refusals = metrics.refusals.clone();
+                Some(Listener::bind(address, None, &config.listener, refusals).context("for metrics")?)
+            }
             None => None,
         };
         let listen_file = config.data_dir.join("listen");

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{api, state::AppState};
+use crate::{api, listener::Refusals, state::AppState};
 use anyhow::Result;
 use axum::{
     Router,
@@ -41,6 +41,8 @@ pub struct Metrics {
     pub attachments: Gauge,
     /// Bytes of packets that the relay took in.
     pub relay_bytes: Counter,
+    /// Connections and requests that the listeners refused or cut.
+    pub refusals: Refusals,
     /// Requests to the Kubernetes API server; a watch is one.
     pub kubernetes_requests: Counter,
     /// From the time when a weaver was to be looked at to the time when it was, in seconds.
@@ -71,6 +73,7 @@ impl Default for Metrics {
             start: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.01, 2.0, 16))),
             attachments: Gauge::default(),
             relay_bytes: Counter::default(),
+            refusals: Refusals::default(),
             kubernetes_requests: Counter::default(),
             reconcile_lag: seconds(),
             reconcile_failures: Counter::default(),
@@ -86,6 +89,7 @@ impl Default for Metrics {
         );
         registry.register("weavers_attachments", "Clients attached to terminals", metrics.attachments.clone());
         registry.register("relay_bytes", "Bytes of packets that the relay took in", metrics.relay_bytes.clone());
+        metrics.refusals.register(&mut registry);
         registry.register(
             "kubernetes_requests",
             "Requests to the Kubernetes API server",

@@ -83,6 +83,20 @@ impl System {
         Self::prepare(&built_binaries()?, settings, Namespace::wanted(std::env::var(BACKEND).ok().as_deref())?)
     }
 
+    /// Starts a server on the local backend that listens at an address of loopback, and logs its administrator in.
+    ///
+    /// # Errors
+    ///
+    /// As [`System::start`].
+    pub fn start_at(listen: &str, settings: &[(&str, &str)]) -> Result<Self> {
+        let mut system = Self::without_server(&built_binaries()?, None)?;
+        listen.clone_into(&mut system.listen);
+        system.settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        system.start_server()?;
+        system.login_with_token()?;
+        Ok(system)
+    }
+
     /// Starts a server on the local backend that keeps everything in a directory that is there already, and logs its
     /// administrator in.
     ///

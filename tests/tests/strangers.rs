@@ -21,6 +21,8 @@ use loom_tests::{
 const ATTACK: Duration = Duration::from_secs(15);
 /// By how much the server's memory may grow.
 const GROWTH: u64 = 64 << 20;
+/// Unfinished handshakes that one address may have at a time.
+const HANDSHAKES: usize = 64;
 /// The longest that a stranger's connection may stay: a request's body has the longest deadline, 30 s.
 const CLOSED: Duration = Duration::from_secs(40);
 
@@ -93,31 +95,48 @@ fn probes_are_also_answered_beside_the_metrics() -> Result<()> {
 }
 
 #[test]
-fn a_trusted_proxy_says_whose_its_connections_are() -> Result<()> {
-    let system = System::start_with(&[
-        ("LOOM_SERVER_TRUSTED_PROXIES", "127.0.0.66"),
-        ("LOOM_SERVER_PROXIES_SEND", "proxy-protocol"),
-        ("LOOM_SERVER_MAX_CONNECTIONS_PER_ADDRESS", "5"),
-    ])?;
-    let proxy = Stranger { server: server_of(&system)?, address: Ipv4Addr::new(127, 0, 0, 66), number: 0 };
-    let open = |client: &str| -> Result<TcpStream> {
-        let mut stream = proxy.connect()?;
-        stream.write_all(format!("PROXY TCP4 {client} 127.0.0.1 1 1\r\n").as_bytes())?;
-        Ok(stream)
-    };
-    let flood = (0..20).map(|_| open("192.0.2.1")).collect::<Result<Vec<_>>>()?;
-    let mut other = open("192.0.2.2")?;
-    eventually("all but five of the one client to be closed", Duration::from_secs(5), || {
-        Ok((flood.iter().filter(|stream| is_closed(stream)).count() == 15).then_some(()))
+fn one_address_has_few_unfinished_tls_handshakes_and_the_oldest_gives_way() -> Result<()> {
+    let metrics = format!("127.0.0.1:{}", free_port()?);
+    let system = System::start_with_tls(free_port()?, &[("LOOM_SERVER_METRICS_LISTEN", &metrics)])?;
+    let stranger = Stranger { server: server_of(&system)?, address: Ipv4Addr::new(127, 0, 0, 66), number: 0 };
+    // Each begins a handshake, and sends no more of it. The connections are far fewer than an address may have.
+    let streams = (0..HANDSHAKES + 100)
+        .map(|_| {
+            let mut stream = stranger.connect()?;
+            stream.write_all(b"\x16\x03\x01")?;
+            Ok(stream)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    // Long before any deadline.
+    eventually("the oldest to be closed", Duration::from_secs(5), || {
+        let open = streams.iter().filter(|stream| !is_closed(stream)).count();
+        Ok((open == HANDSHAKES).then_some(()))
     })?;
-    other.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")?;
-    let mut answer = String::new();
-    other.read_to_string(&mut answer)?;
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    // Without its word the proxy is nobody.
-    let mut mute = proxy.connect()?;
-    mute.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")?;
-    eventually("the connection without a header to be closed", PATIENCE, || Ok(is_closed(&mute).then_some(())))?;
+    assert!(streams[..100].iter().all(is_closed) && !streams[100..].iter().any(is_closed));
+    let refused = api::metrics(&metrics)?;
+    assert!(refused.contains("loom_connections_refused_total{reason=\"displaced_newcomer\"} 100"), "{refused}");
+    assert_eq!(system.request(None, "GET", "/readyz", None)?.status, 200);
+    system.stop()
+}
+
+#[test]
+fn a_client_that_takes_nothing_of_its_answers_is_given_up() -> Result<()> {
+    const REQUESTS: usize = 300;
+    let metrics = format!("127.0.0.1:{}", free_port()?);
+    let system = System::start_with(&[("LOOM_SERVER_METRICS_LISTEN", &metrics)])?;
+    let stranger = Stranger { server: server_of(&system)?, address: Ipv4Addr::new(127, 0, 0, 66), number: 0 };
+    let mut stream = stranger.connect()?;
+    // Answers beyond what the kernel holds for both sides.
+    stream.write_all("GET /api/openapi.json HTTP/1.1\r\nHost: here\r\n\r\n".repeat(REQUESTS).as_bytes())?;
+    eventually("the connection to be given up", PATIENCE, || {
+        let figures = api::metrics(&metrics)?;
+        Ok(figures.contains("loom_connections_refused_total{reason=\"stalled\"} 1").then_some(()))
+    })?;
+    let mut answers = Vec::new();
+    // What the kernel holds is still there, then the connection ends or is reset.
+    let _ = stream.read_to_end(&mut answers);
+    let answered = String::from_utf8_lossy(&answers).matches("HTTP/1.1 200").count();
+    assert!((1..REQUESTS).contains(&answered), "{answered} answers");
     system.stop()
 }
 

@@ -11,7 +11,7 @@ use crate::{build, cluster, tools};
 /// The end-to-end tests of what users do, which run on both backends.
 const BOTH: [&str; 6] = ["attach", "interop", "lifecycle", "resilience", "ssh", "tunnel"];
 /// Those that need the local backend, or no backend at all.
-const LOCAL: [&str; 7] = ["api", "full_disk", "identity", "isolation", "login", "revocation", "strangers"];
+const LOCAL: [&str; 8] = ["addresses", "api", "full_disk", "identity", "isolation", "login", "revocation", "strangers"];
 /// Names the cluster for the tests; when it is not set, they get one of their own.
 const KUBECONFIG: &str = "KUBECONFIG";
 

@@ -2,6 +2,8 @@
 
 use std::{
     convert::Infallible,
+    error::Error as _,
+    io,
     net::IpAddr,
     pin::pin,
     sync::{
@@ -11,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result};
 use axum::{
     Router,
     body::{Body, HttpBody as _},
@@ -20,6 +22,7 @@ use axum::{
 };
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use loom_api::ErrorCode;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -36,8 +39,10 @@ use super::{
     body::{AnswerBody, RequestBody},
     places::{Place, Places},
     proxy_protocol,
+    refusal::{Refusal, Refusals},
     stream::Stream,
 };
+use crate::problem::Problem;
 
 /// How long a client may take for its TLS handshake, and a proxy for its PROXY header: three round trips, with a
 /// packet lost in each and repeated twice (1 s and 2 s after, RFC 6298 §2).
@@ -53,6 +58,9 @@ const BUFFER: usize = 16 << 10;
 /// Connections at a time that have not sent a whole request yet. The oldest gives way, so at 10,000 new ones a second
 /// each still has 0.1 s; all of them, with half a head and TLS, take less than 64 MiB.
 const NEWCOMERS: usize = 1024;
+/// How many of them one address may have, unfinished TLS handshakes included: a user has a few, an office that comes
+/// back after an outage some dozens. So it takes 16 addresses to push others' newcomers out.
+const NEWCOMERS_PER_ADDRESS: usize = 64;
 
 /// What all connections of a listener share.
 pub(super) struct Front {
@@ -62,26 +70,39 @@ pub(super) struct Front {
     newcomers: Places,
     /// Requests that came by way of proxies, whose connections many clients share.
     requests: Places,
+    refusals: Refusals,
 }
 
 impl Front {
-    pub(super) fn new(tls: Option<TlsAcceptor>, config: &Config) -> Self {
+    pub(super) fn new(tls: Option<TlsAcceptor>, config: &Config, refusals: Refusals) -> Self {
         let (all, per_address) = (config.max_connections, config.max_connections_per_address);
         Self {
             tls,
             config: config.clone(),
             connections: Places::new(all, per_address),
-            newcomers: Places::new(NEWCOMERS.min(all.div_ceil(2)), usize::MAX),
+            newcomers: Places::new(NEWCOMERS.min(all.div_ceil(2)), NEWCOMERS_PER_ADDRESS),
             requests: Places::new(usize::MAX, per_address),
+            refusals,
         }
     }
 
     /// Takes a connection's places, those of others if it must; nothing when it is turned away.
     pub(super) fn admit(self: &Arc<Self>, peer: IpAddr, router: Router) -> Option<Exchange> {
+        let admitted = self.take_places(peer, router);
+        admitted.inspect_err(|refusal| self.note(peer, *refusal, "a connection was turned away")).ok()
+    }
+
+    fn note(&self, peer: IpAddr, refusal: Refusal, what: &str) {
+        self.refusals.count(refusal);
+        tracing::debug!(%peer, "{what}: {refusal}");
+    }
+
+    fn take_places(self: &Arc<Self>, peer: IpAddr, router: Router) -> Result<Exchange, Refusal> {
         let proxied = self.config.trusts(peer);
-        let place = self.connections.take((!proxied).then(|| ClientAddress(peer).network()))?;
-        let newcomer = self.newcomers.take(None)?;
-        Some(Exchange {
+        let network = (!proxied).then(|| ClientAddress(peer).network());
+        let place = self.connections.take(network)?;
+        let newcomer = self.newcomers.take(network)?;
+        Ok(Exchange {
             front: Arc::clone(self),
             router,
             client: peer,
@@ -116,12 +137,16 @@ impl Exchange {
         let (peer, place, newcomer) =
             (self.client, self.place.given_away(), self.newcomer().as_ref().map(Place::given_away));
         let newcomer = newcomer.unwrap_or_default();
+        let front = Arc::clone(&self.front);
         let result = tokio::select! {
             result = self.open(stream, stop) => result,
-            () = place.cancelled() => Err(anyhow!("it waited for its client while others needed its place")),
-            () = newcomer.cancelled() => Err(anyhow!("it had not sent a request when others needed its place")),
+            () = place.cancelled() => Err(Refusal::Displaced.into()),
+            () = newcomer.cancelled() => Err(Refusal::DisplacedNewcomer.into()),
         };
         if let Err(reason) = result {
+            if let Some(refusal) = reason.downcast_ref::<Refusal>() {
+                front.refusals.count(*refusal);
+            }
             tracing::debug!(%peer, "a connection was ended: {reason:#}");
         }
     }
@@ -132,20 +157,20 @@ impl Exchange {
         let handshake = async {
             if self.proxied && front.config.proxies_send == ProxySays::ProxyProtocol {
                 self.proxied = false;
-                if let Some(client) = proxy_protocol::read(&mut stream).await? {
+                if let Some(client) = proxy_protocol::read(&mut stream).await.context(Refusal::ProxyHeader)? {
                     self.client = client.to_canonical();
-                    if !self.place.join(ClientAddress(self.client).network()) {
-                        bail!("all places of {} are taken by others that are served", self.client);
-                    }
+                    let network = ClientAddress(self.client).network();
+                    self.place.join(network)?;
+                    self.newcomer().as_ref().map_or(Ok(()), |newcomer| newcomer.join(network))?;
                 }
             }
             match &front.tls {
-                Some(tls) => Ok(Ok(tls.accept(stream).await.context("the TLS handshake failed")?)),
-                None => Ok(Err(stream)),
+                Some(tls) => Ok(Ok(tls.accept(stream).await.context(Refusal::Handshake)?)),
+                None => anyhow::Ok(Err(stream)),
             }
         };
         let Some(opened) = stop.run_until_cancelled(timeout(HANDSHAKE, handshake)).await else { return Ok(()) };
-        match opened.context("the handshake took too long")?? {
+        match opened.context(Refusal::HandshakeTimeout)?? {
             Ok(encrypted) => Box::pin(self.run(encrypted, stop)).await,
             Err(clear) => Box::pin(self.run(clear, stop)).await,
         }
@@ -172,11 +197,11 @@ impl Exchange {
         let (mut stopping, mut first) = (false, true);
         loop {
             tokio::select! {
-                result = connection.as_mut() => return Ok(result?),
+                result = connection.as_mut() => return result.map_err(refusal_or_failure),
                 () = first_head.as_mut(), if first => {
                     first = false;
                     if !this.begun.load(Ordering::Relaxed) {
-                        bail!("it did not send a request");
+                        return Err(Refusal::RequestTimeout.into());
                     }
                 }
                 () = stop.cancelled(), if !stopping => {
@@ -195,12 +220,13 @@ impl Exchange {
             self.client
         });
         request.extensions_mut().insert(client);
-        let counted = self.proxied.then(|| self.front.requests.take(Some(client.network())));
-        if let Some(None) = counted {
-            let message = "too many requests from this address at a time";
-            return Ok((StatusCode::TOO_MANY_REQUESTS, message).into_response());
-        }
-        let counted = counted.flatten();
+        let counted = self.proxied.then(|| self.front.requests.take(Some(client.network()))).transpose();
+        let Ok(counted) = counted else {
+            self.front.note(client.0, Refusal::Requests, "a request was refused");
+            let message = format!("too many requests at a time from the address {}", client.0);
+            let problem = Problem::new(ErrorCode::TooManyRequests, message);
+            return Ok(problem.hint("wait until others are answered, then try again").into_response());
+        };
         if let Some(counted) = &counted {
             counted.keep();
         }
@@ -228,5 +254,15 @@ impl Exchange {
 
     fn newcomer(&self) -> MutexGuard<'_, Option<Place>> {
         self.newcomer.lock()
+    }
+}
+
+/// Why a connection ended, if [`Stream`] said why.
+fn refusal_or_failure(error: hyper::Error) -> anyhow::Error {
+    let refusal =
+        error.source().and_then(|error| error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<Refusal>());
+    match refusal.copied() {
+        Some(refusal) => refusal.into(),
+        None => error.into(),
     }
 }

@@ -7,11 +7,14 @@
 //! - The TLS handshake, a request's head and its body each have a deadline ([`connection`], [`body`]), and so has the
 //!   client's taking of an answer ([`stream`]).
 //! - Each connection has a place in a table ([`places`]), of which there are so many in all and so many for each
-//!   address; handshakes have a smaller one of their own. In a full table the connection that has been waiting longest
-//!   for its client gives way, so a newcomer is served however many silent connections there are. One that is being
-//!   served keeps its place, and a newcomer is turned away when an address has only those.
+//!   address; connections that have not sent a request yet, unfinished TLS handshakes for one, have a smaller table of
+//!   their own. In a full table the connection that has been waiting longest for its client gives way, so a newcomer is
+//!   served however many silent connections there are. One that is being served keeps its place, and a newcomer is
+//!   turned away when an address has only those.
 //! - Behind a proxy everybody comes from the proxy's address. Its word on who the client is counts when its address is
 //!   a trusted one ([`address`], [`proxy_protocol`]).
+//!
+//! What is refused or cut is counted by reason ([`refusal`]).
 //!
 //! WebSockets have shown a token. They and streamed answers are theirs to keep open; only the number of all
 //! connections includes them.
@@ -21,6 +24,7 @@ mod body;
 mod connection;
 mod places;
 mod proxy_protocol;
+mod refusal;
 mod settings;
 mod stream;
 pub mod tls;
@@ -38,6 +42,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use address::ClientAddress;
 use connection::Front;
+pub use refusal::Refusals;
 pub use settings::{Config, ProxySays, Settings};
 
 /// After a failure to accept, such as too many open files: long enough for connections to end, short enough that
@@ -56,19 +61,19 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `address`, over TLS if there is a certificate.
+    /// Listens at `address`, over TLS if there is a certificate. Whom it refuses is counted in `refusals`.
     ///
     /// # Errors
     ///
     /// When the address is taken, or the certificate cannot be used.
-    pub fn bind(address: SocketAddr, tls: Option<&tls::Config>, config: &Config) -> Result<Self> {
+    pub fn bind(address: SocketAddr, tls: Option<&tls::Config>, config: &Config, refusals: Refusals) -> Result<Self> {
         let listener = listen(address).with_context(|| format!("listening at {address}"))?;
         let tls = match tls {
             Some(tls) => Some(TlsAcceptor::from(Arc::new(tls::server_config(tls)?))),
             None => None,
         };
         let address = listener.local_addr()?;
-        Ok(Self { listener, address, front: Front::new(tls, config) })
+        Ok(Self { listener, address, front: Front::new(tls, config, refusals) })
     }
 
     /// Where it listens.
@@ -92,11 +97,8 @@ impl Listener {
                 Ok((stream, peer)) => {
                     // Small frames must not wait for each other; a socket without this works too.
                     let _ = stream.set_nodelay(true);
-                    match front.admit(peer.ip().to_canonical(), router.clone()) {
-                        Some(exchange) => drop(connections.spawn(exchange.serve(stream, stop.clone()))),
-                        None => {
-                            tracing::debug!(%peer, "a connection was turned away: too many of its address, or of all")
-                        }
+                    if let Some(exchange) = front.admit(peer.ip().to_canonical(), router.clone()) {
+                        connections.spawn(exchange.serve(stream, stop.clone()));
                     }
                 }
                 Err(error) => {
@@ -114,6 +116,10 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     // A server that starts again comes back at its port at once.
     socket.set_reuseaddr(true)?;
+    if address.is_ipv6() {
+        // `[::]` also serves IPv4, whatever net.ipv6.bindv6only says.
+        rustix::net::sockopt::set_ipv6_v6only(&socket, false)?;
+    }
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }

@@ -9,6 +9,8 @@ use std::{
 use parking_lot::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 
+use super::refusal::Refusal;
+
 /// A table of places. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Places(Arc<Shared>);
@@ -56,16 +58,18 @@ impl Places {
         Self(Arc::new(Shared { table: Mutex::default(), max, max_per_network }))
     }
 
-    /// Takes a place, that of another if it must; nothing when nobody waits whose place it could be. Without a network
-    /// it counts only among all.
-    pub(super) fn take(&self, network: Option<IpAddr>) -> Option<Place> {
+    /// Takes a place, that of another if it must. Without a network it counts only among all.
+    ///
+    /// # Errors
+    ///
+    /// When nobody waits whose place it could be.
+    pub(super) fn take(&self, network: Option<IpAddr>) -> Result<Place, Refusal> {
         let mut table = self.table();
         if let Some(network) = network {
             table.make_room_in(network, self.0.max_per_network)?;
         }
         if table.taken.len() >= self.0.max {
-            let (_, oldest) = table.waiting.first_key_value()?;
-            let oldest = *oldest;
+            let oldest = table.waiting.first_key_value().map(|(_, id)| *id).ok_or(Refusal::Total)?;
             table.give_away(oldest);
         }
         let (id, given_away) = (table.number(), CancellationToken::new());
@@ -73,7 +77,7 @@ impl Places {
         table.join(id, network);
         table.wait(id);
         drop(table);
-        Some(Place { places: self.clone(), id, given_away })
+        Ok(Place { places: self.clone(), id, given_away })
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -93,14 +97,16 @@ impl Place {
         self.places.table().keep(self.id);
     }
 
-    /// Counts for a network; whether that has room.
-    pub(super) fn join(&self, network: IpAddr) -> bool {
+    /// Counts for a network from now on.
+    ///
+    /// # Errors
+    ///
+    /// When all places of the network are taken by those that are served.
+    pub(super) fn join(&self, network: IpAddr) -> Result<(), Refusal> {
         let mut table = self.places.table();
-        let room = table.make_room_in(network, self.places.0.max_per_network).is_some();
-        if room {
-            table.join(self.id, Some(network));
-        }
-        room
+        table.make_room_in(network, self.places.0.max_per_network)?;
+        table.join(self.id, Some(network));
+        Ok(())
     }
 
     /// Counts for no network any more, only among all.
@@ -126,12 +132,12 @@ impl Table {
         self.next
     }
 
-    fn make_room_in(&mut self, network: IpAddr, max: usize) -> Option<()> {
+    fn make_room_in(&mut self, network: IpAddr, max: usize) -> Result<(), Refusal> {
         if let Some(full) = self.networks.get(&network).filter(|network| network.taken >= max) {
-            let oldest = *self.waiting.get(full.waiting.first()?)?;
-            self.give_away(oldest);
+            let oldest = full.waiting.first().and_then(|turn| self.waiting.get(turn)).copied();
+            self.give_away(oldest.ok_or(Refusal::Address)?);
         }
-        Some(())
+        Ok(())
     }
 
     fn give_away(&mut self, id: u64) {
@@ -217,10 +223,10 @@ mod tests {
         let places = Places::new(100, 2);
         let served: Vec<_> = (0..2).map(|_| places.take(address(1)).expect("room")).collect();
         served.iter().for_each(Place::keep);
-        assert!(places.take(address(1)).is_none());
-        assert!(places.take(address(2)).is_some());
+        assert_eq!(places.take(address(1)).err(), Some(Refusal::Address));
+        assert!(places.take(address(2)).is_ok());
         served[0].leave_network();
-        assert!(places.take(address(1)).is_some());
+        assert!(places.take(address(1)).is_ok());
     }
 
     #[test]
@@ -233,14 +239,14 @@ mod tests {
         drop(first);
         second.keep();
         third.keep();
-        assert!(places.take(address(4)).is_none());
+        assert_eq!(places.take(address(4)).err(), Some(Refusal::Total));
     }
 
     #[test]
     fn nothing_is_left_of_those_who_have_gone() {
         let places = Places::new(2, 1);
         let place = places.take(None).expect("room");
-        assert!(place.join(address(1).expect("an address")));
+        assert_eq!(place.join(address(1).expect("an address")), Ok(()));
         drop((place, places.take(address(2))));
         let table = places.table();
         assert!(table.taken.is_empty() && table.waiting.is_empty() && table.networks.is_empty());

@@ -16,7 +16,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use super::places::Place;
+use super::{places::Place, refusal::Refusal};
 
 /// How long a client may take nothing of an answer: longer than a network's outage that TCP survives unnoticed by
 /// people, and as long as a request's body may take.
@@ -42,7 +42,7 @@ impl<S> Stream<S> {
             return result;
         }
         ready!(self.stall.get_or_insert_with(|| Box::pin(sleep(STALL))).as_mut().poll(context));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing was taken for {STALL:?}"))))
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, Refusal::Stalled)))
     }
 }
 

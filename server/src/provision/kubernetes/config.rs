@@ -30,50 +30,25 @@ pub struct Settings {
     #[arg(long, env = "LOOM_SERVER_KUBERNETES_AGENT_CA", value_name = "FILE", global = true)]
     kubernetes_agent_ca: Option<PathBuf>,
     /// Secrets to pull images with.
-    #[arg(
-        long,
-        env = "LOOM_SERVER_KUBERNETES_PULL_SECRETS",
-        value_name = "NAME",
-        value_delimiter = ',',
-        global = true
-    )]
+    #[arg(long, env = "LOOM_SERVER_KUBERNETES_PULL_SECRETS", value_name = "NAME")]
+    #[arg(value_delimiter = ',', global = true)]
     kubernetes_pull_secrets: Option<Vec<String>>,
     /// Registries that are asked over plain HTTP, as HOST or HOST:PORT.
-    #[arg(
-        long,
-        env = "LOOM_SERVER_KUBERNETES_PLAIN_HTTP_REGISTRIES",
-        value_name = "HOST",
-        value_delimiter = ',',
-        global = true
-    )]
+    #[arg(long, env = "LOOM_SERVER_KUBERNETES_PLAIN_HTTP_REGISTRIES", value_name = "HOST")]
+    #[arg(value_delimiter = ',', global = true)]
     kubernetes_plain_http_registries: Option<Vec<String>>,
     /// Registries and their token servers that images are read from though they have no public address, as HOST or
     /// HOST:PORT. Those over plain HTTP need not be named again.
-    #[arg(
-        long,
-        env = "LOOM_SERVER_KUBERNETES_PRIVATE_REGISTRIES",
-        value_name = "HOST",
-        value_delimiter = ',',
-        global = true
-    )]
+    #[arg(long, env = "LOOM_SERVER_KUBERNETES_PRIVATE_REGISTRIES", value_name = "HOST")]
+    #[arg(value_delimiter = ',', global = true)]
     kubernetes_private_registries: Option<Vec<String>>,
     /// Labels of the nodes that weavers run on.
-    #[arg(
-        long,
-        env = "LOOM_SERVER_KUBERNETES_NODE_SELECTOR",
-        value_name = "KEY=VALUE",
-        value_delimiter = ',',
-        global = true
-    )]
+    #[arg(long, env = "LOOM_SERVER_KUBERNETES_NODE_SELECTOR", value_name = "KEY=VALUE")]
+    #[arg(value_delimiter = ',', global = true)]
     kubernetes_node_selector: Option<Vec<String>>,
     /// Taints that weavers tolerate, as KEY[=VALUE]:EFFECT.
-    #[arg(
-        long,
-        env = "LOOM_SERVER_KUBERNETES_TOLERATIONS",
-        value_name = "TAINT",
-        value_delimiter = ',',
-        global = true
-    )]
+    #[arg(long, env = "LOOM_SERVER_KUBERNETES_TOLERATIONS", value_name = "TAINT")]
+    #[arg(value_delimiter = ',', global = true)]
     kubernetes_tolerations: Option<Vec<String>>,
     /// The CPU that a weaver is guaranteed, out of its limit. [default: 500]
     #[arg(long, env = "LOOM_SERVER_KUBERNETES_REQUEST_CPU_MILLICORES", value_name = "N", global = true)]

@@ -6,6 +6,9 @@ use loom_api::WeaverId;
 use super::{pod, pull};
 use crate::provision::{PodInfo, PodObservation, PodPhase};
 
+/// How much of a message of Kubernetes or a container runtime is shown, in characters.
+const MAX_MESSAGE: usize = 400;
+
 /// What is seen of a weaver's pod; nothing when it is not one.
 pub(super) fn of(pod: &Pod) -> Option<PodObservation> {
     let weaver = pod::weaver(pod)?;
@@ -39,6 +42,7 @@ pub(super) fn info(pod: &Pod) -> PodInfo {
 pub(super) fn progress(event: &Event) -> Option<(WeaverId, String)> {
     let weaver = pod::named(event.involved_object.name.as_deref()?)?;
     let message = event.message.as_deref().unwrap_or_default();
+    let is_sandbox_image = message.contains("sandbox image") || message.contains("pull image");
     let of_user = event.involved_object.field_path.as_deref() == Some("spec.containers{weaver}");
     let words = match event.reason.as_deref()? {
         "Pulling" if of_user => "its node pulls the image".to_owned(),
@@ -46,8 +50,14 @@ pub(super) fn progress(event: &Event) -> Option<(WeaverId, String)> {
             Some(time) => format!("its node pulled the image in {time}"),
             None => "its node has the image".to_owned(),
         },
+        "FailedCreatePodSandBox" if is_sandbox_image => {
+            format!(
+                "its node cannot prepare it yet: its own image for pods cannot be pulled: {}",
+                pull::failure(message).cause
+            )
+        }
         "FailedMount" | "FailedAttachVolume" | "FailedCreatePodSandBox" => {
-            format!("its node cannot prepare it yet: {message}")
+            format!("its node cannot prepare it yet: {}", bounded(message))
         }
         _ => return None,
     };
@@ -78,8 +88,9 @@ fn judge(status: &PodStatus) -> (PodPhase, Option<String>, Option<i32>) {
     if let Some(ended) = user.and_then(|user| user.state.as_ref()?.terminated.as_ref()) {
         return ended_phase(ended);
     }
-    for status in [agent, user].into_iter().flatten() {
-        if let Some((reason, is_final)) = status.state.as_ref().and_then(waiting) {
+    for (image, status) in [("the image of Loom's agent", agent), ("the image", user)] {
+        let state = status.and_then(|status| status.state.as_ref());
+        if let Some((reason, is_final)) = state.and_then(|state| waiting(state, image)) {
             return (if is_final { PodPhase::Failed } else { PodPhase::Pending }, Some(reason), None);
         }
     }
@@ -105,7 +116,7 @@ fn ended_phase(ended: &ContainerStateTerminated) -> (PodPhase, Option<String>, O
             (PodPhase::Failed, Some("it ran out of memory: its limit was reached".to_owned()), None)
         }
         (Some("StartError" | "ContainerCannotRun"), _) => {
-            let message = ended.message.as_deref().unwrap_or("no reason was given");
+            let message = ended.message.as_deref().map_or("no reason was given", bounded);
             (PodPhase::Failed, Some(format!("its container cannot be started: {message}")), None)
         }
         (_, 0) => (PodPhase::Succeeded, None, Some(0)),
@@ -113,8 +124,13 @@ fn ended_phase(ended: &ContainerStateTerminated) -> (PodPhase, Option<String>, O
     }
 }
 
-/// Why a container waits, and whether it waits in vain.
-fn waiting(state: &ContainerState) -> Option<(String, bool)> {
+/// As much of a message as is shown.
+fn bounded(message: &str) -> &str {
+    message.char_indices().nth(MAX_MESSAGE).map_or(message, |(end, _)| &message[..end])
+}
+
+/// Why a container waits, and whether it waits in vain. `image` is what its image is called.
+fn waiting(state: &ContainerState, image: &str) -> Option<(String, bool)> {
     let waiting = state.waiting.as_ref()?;
     let message = waiting.message.as_deref().unwrap_or_default();
     match waiting.reason.as_deref()? {
@@ -123,12 +139,12 @@ fn waiting(state: &ContainerState) -> Option<(String, bool)> {
             // Kubernetes 1.32 do not, and what was known before is still so.
             let message = if reason == "ImagePullBackOff" { message.split_once("\": ")?.1 } else { message };
             let pull::Failure { cause, is_final } = pull::failure(message);
-            Some((format!("the image cannot be pulled: {cause}"), is_final))
+            Some((format!("{image} cannot be pulled: {cause}"), is_final))
         }
-        "InvalidImageName" => Some(("the image's name is not the name of an image".to_owned(), true)),
-        "CreateContainerConfigError" => Some((format!("its container cannot be made: {message}"), true)),
+        "InvalidImageName" => Some((format!("{image} has a name that is not the name of an image"), true)),
+        "CreateContainerConfigError" => Some((format!("its container cannot be made: {}", bounded(message)), true)),
         reason @ ("CreateContainerError" | "RunContainerError" | "CrashLoopBackOff") => {
-            Some((format!("its container does not start ({reason}): {message}"), false))
+            Some((format!("its container does not start ({reason}): {}", bounded(message)), false))
         }
         // On its way: creating, or waiting for the container before it.
         _ => None,
@@ -140,10 +156,11 @@ fn unscheduled(status: &PodStatus) -> Option<String> {
     let conditions = status.conditions.as_deref().unwrap_or_default();
     let scheduled = conditions.iter().find(|condition| condition.type_ == "PodScheduled")?;
     let message = scheduled.message.as_deref().filter(|_| scheduled.status == "False")?;
-    Some(format!("no node takes it: {message}"))
+    Some(format!("no node takes it: {}", bounded(message)))
 }
 
 fn pod_reason(reason: &str, message: &str) -> String {
+    let message = bounded(message);
     match reason {
         "Evicted" => format!("its node evicted it: {message}"),
         "DeadlineExceeded" => "its pod reached the longest life a weaver can have".to_owned(),
@@ -156,7 +173,7 @@ fn disruption(status: &PodStatus) -> Option<String> {
     let conditions = status.conditions.as_deref().unwrap_or_default();
     let target =
         conditions.iter().find(|condition| condition.type_ == "DisruptionTarget" && condition.status == "True")?;
-    let message = target.message.as_deref().unwrap_or_default();
+    let message = bounded(target.message.as_deref().unwrap_or_default());
     Some(match target.reason.as_deref().unwrap_or_default() {
         "DeletionByPodGC" => format!("its node is gone: {message}"),
         "DeletionByTaintManager" => format!("its node is not to be used any more, or does not answer: {message}"),
@@ -209,6 +226,20 @@ mod tests {
             slow
         );
         assert_eq!(waiting("ImagePullBackOff", "Back-off pulling image \"a\""), (PodPhase::Pending, None, None));
+    }
+
+    #[test]
+    fn the_agents_image_is_told_from_the_users_and_long_messages_are_cut() {
+        let (_, reason, _) = judged(json!({"phase": "Pending", "initContainerStatuses": [{
+            "name": "agent", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+            "state": {"waiting": {"reason": "ErrImagePull", "message": "a: not found"}}
+        }]}));
+        assert_eq!(reason.unwrap(), "the image of Loom's agent cannot be pulled: there is no such image");
+        let (_, reason, _) = judged(json!({"phase": "Pending", "containerStatuses": [{
+            "name": "weaver", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+            "state": {"waiting": {"reason": "RunContainerError", "message": "ä".repeat(10_000)}}
+        }]}));
+        assert!(reason.unwrap().chars().count() < 500);
     }
 
     #[test]
@@ -281,6 +312,10 @@ mod tests {
         assert_eq!(event(name, "Pulled", pulled).unwrap(), "its node pulled the image in 9.4s");
         assert_eq!(event(name, "Pulled", "Container image already present").unwrap(), "its node has the image");
         assert!(event(name, "FailedMount", "no disk").unwrap().contains("no disk"));
+        let sandbox = "Failed to create pod sandbox: rpc error: code = Unknown desc = failed to get sandbox image \
+            \"r.example/pause:3.10\": failed to pull image: 403 Forbidden - Server message: denied: call 555";
+        let words = event(name, "FailedCreatePodSandBox", sandbox).unwrap();
+        assert!(words.contains("credentials") && !words.contains("555"), "{words}");
         assert_eq!(event(name, "Created", ""), None);
         assert_eq!(event("postgres-0", "Pulling", ""), None);
     }

@@ -1,8 +1,11 @@
 //! `cargo xtask test`: every test of the repository.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Args;
 use loom_tests::system::BACKEND;
 
@@ -10,8 +13,8 @@ use crate::{build, cluster, tools};
 
 /// The end-to-end tests of what users do, which run on both backends.
 const BOTH: [&str; 6] = ["attach", "interop", "lifecycle", "resilience", "ssh", "tunnel"];
-/// Those that need the local backend, or no backend at all.
-const LOCAL: [&str; 8] = ["addresses", "api", "full_disk", "identity", "isolation", "login", "revocation", "strangers"];
+/// Those that need a cluster, or a tool that only an administrator installs.
+const NOT_LOCAL: [&str; 4] = ["deploy", "kubernetes", "nix", "outage"];
 /// Names the cluster for the tests; when it is not set, they get one of their own.
 const KUBECONFIG: &str = "KUBECONFIG";
 
@@ -30,16 +33,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     tools::for_tests()?;
     let binaries = build::binaries(false)?;
     let filter = options.filter.as_deref();
-    let end_to_end = |names: &[&'static str]| {
-        [
-            &["test", "--package", "loom-tests"],
-            names.iter().flat_map(|name| ["--test", *name]).collect::<Vec<_>>().as_slice(),
-        ]
-        .concat()
+    let end_to_end = |names: &[&str]| -> Vec<String> {
+        let names = names.iter().flat_map(|name| ["--test", name]);
+        ["test", "--package", "loom-tests"].into_iter().chain(names).map(ToOwned::to_owned).collect()
     };
     if options.no_cluster {
         test(&["test", "--workspace", "--exclude", "loom-tests"], filter, &[])?;
-        test(&end_to_end(&[&BOTH[..], &LOCAL].concat()), filter, &[])?;
+        let all = all_end_to_end()?;
+        let local: Vec<_> = all.iter().map(String::as_str).filter(|name| !NOT_LOCAL.contains(name)).collect();
+        test(&end_to_end(&local), filter, &[])?;
     } else {
         let named = std::env::var_os(KUBECONFIG).filter(|path| !path.is_empty()).map(PathBuf::from);
         let own = if named.is_none() { Some(cluster::Own::start(&binaries)?) } else { None };
@@ -52,8 +54,22 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     test(&["test", "--package", "loom-tunnel", "--features", "simulated-time", "--test", "simulation"], filter, &[])
 }
 
-fn test(arguments: &[&str], filter: Option<&str>, env: &[(&str, &str)]) -> Result<()> {
-    let mut arguments = arguments.to_vec();
+/// The names of all end-to-end tests.
+fn all_end_to_end() -> Result<Vec<String>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/tests");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn test(arguments: &[impl AsRef<str>], filter: Option<&str>, env: &[(&str, &str)]) -> Result<()> {
+    let mut arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
     if let Some(filter) = filter {
         if !arguments.contains(&"--test") {
             arguments.push("--tests");

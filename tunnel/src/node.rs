@@ -1,19 +1,19 @@
 //! The node: every peer, and which of them a datagram or a packet belongs to.
 //!
-//! [`Node`] has no socket, no clock, no task: what happens comes in by `handle_*` and the setters, each with the time;
-//! what is to be done goes out by `poll_*`. After every input a driver takes all of [`Node::poll_transmit`],
+//! [`Node`] has no socket, clock or task: inputs come in through `handle_*` and the setters, each with the time, and the
+//! caller polls with `poll_*` for what to do. After every input a driver drains [`Node::poll_transmit`],
 //! [`Node::poll_packet`] and [`Node::poll_event`], and asks [`Node::poll_timeout`] when to call
-//! [`Node::handle_timeout`] next. Time never goes back. (One thing does come from the system: the ephemeral keys of
-//! handshakes, which `boringtun` draws itself; they change no decision.)
+//! [`Node::handle_timeout`] next. Time must not go backwards. (Only one thing comes from the system: the ephemeral keys
+//! of handshakes, which `boringtun` generates itself; they affect no decision.)
 //!
-//! **What comes in.** A datagram names the session that it is for in its receiver index, whose upper 24 bits are ours
-//! to choose: they hold the peer's place in a table, so that no address or key is hashed per packet. Handshake
-//! initiations name nobody; they pass the gate, which finds out who made them. One that came by several paths is taken
-//! once. One from a key that is no peer is never answered, but reported, and remembered for a moment: when the
-//! application admits the peer, the handshake goes on as if it had been one before.
+//! **Incoming datagrams.** The receiver index of a datagram names its session. We choose its upper 24 bits, and put the
+//! peer's slot in a table there, so that no address or key is hashed per packet. Handshake initiations have no receiver
+//! index; they pass the gate, which finds out who made them. If one arrives by several paths, only the first copy
+//! counts. One from an unknown key is never answered, but reported and kept for a moment: if the application adds the
+//! peer, the handshake continues.
 //!
-//! **What is dropped** is counted by its reason in [`Counters`], and nothing dropped is ever answered. (Under a
-//! flood of handshakes their senders get cookies, as the paper says in §5.3.)
+//! **Dropped datagrams** are counted by reason in [`Counters`] and never answered. (Under a flood of handshakes their
+//! senders get cookies; paper §5.3.)
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -26,75 +26,74 @@ use x25519_dalek::{PublicKey, StaticSecret};
 pub use crate::path::PathKind as Path;
 use crate::{
     output::Output,
-    peer::{Home, Peer, PeerConfig, PeerStatus},
+    peer::{NodeContext, Peer, PeerConfig, PeerStatus},
     random::Random,
     wireguard::{self, Admission, COOKIE_REPLY_LEN, Gate, INITIATION_LEN, Message, OVERHEAD, Refusal},
 };
 
-/// The longest inner packet: a jumbo frame. The netstack's are far shorter.
+/// Bytes of an inner packet: a jumbo frame. The netstack's are far shorter.
 pub const MAX_PACKET: usize = 9000;
 
-/// The most peers of one node.
+/// Peers of one node.
 pub const MAX_PEERS: usize = 1 << SLOT_BITS;
 
-/// How long the copies of an initiation that come by other paths are recognised.
+/// How long copies of an initiation that arrive by other paths are recognised.
 pub const DUPLICATE_WINDOW: Duration = Duration::from_secs(10);
 
-/// The most initiations remembered for that: two seconds of a flood that still passes the gate.
+/// Initiations remembered for that: two seconds of the most that the gate lets pass.
 pub const MAX_REMEMBERED: usize = 256;
 
-/// Unknown keys reported per second.
+/// Reports of unknown keys per second.
 pub const UNKNOWN_PER_SECOND: u32 = 4;
 
-/// How long an unknown key's initiation is kept for the case that the key is admitted: about as long as its
-/// holder accepts the answer.
+/// How long an unknown key's initiation is kept, in case the key becomes a peer's: about as long as its sender accepts
+/// the answer.
 pub const UNKNOWN_LIFETIME: Duration = Duration::from_secs(2);
 
-/// How many initiations from unknown keys are kept.
+/// Initiations kept from unknown keys.
 pub const MAX_UNKNOWN: usize = 8;
 
-/// Bits of a session index that name the peer's place in the table; those above them differ from one peer to the next
-/// in the same place.
+/// Bits of a session index for the peer's slot; the bits above differ between successive peers in the same slot.
 const SLOT_BITS: u32 = 14;
 const INDEX_BITS: u32 = 24;
 
 /// A node's identity and keys.
 pub struct NodeConfig {
-    /// Its X25519 private key.
+    /// An X25519 key.
     pub private_key: StaticSecret,
-    /// Its address inside the tunnel.
+    /// The node's address inside the tunnel.
     pub address: Ipv6Addr,
-    /// Where jitter, path nonces and session indices come from. It need not be secret, but should differ per start.
+    /// Seeds jitter, path nonces and session indices. Need not be secret, but should differ at each start.
     pub seed: u64,
 }
 
 /// One batch of datagrams for one path, in the buffer given to [`Node::poll_transmit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transmit {
-    /// The path that the datagram takes.
+    /// The path to send the datagrams on.
     pub path: Path,
-    /// For whom it is. All zero for a cookie reply to someone who is not known yet and came straight.
+    /// The destination. All zero for a cookie reply to an unknown sender on a direct path.
     pub peer: PublicKey,
-    /// Every datagram but perhaps the last has this many bytes; the last has no more.
+    /// The size of every datagram except the last, which may be shorter.
     pub segment_size: usize,
 }
 
-/// Events that a node reports by itself.
+/// Events of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NodeEvent {
-    /// A valid handshake initiation came from a key that is no peer (at most [`UNKNOWN_PER_SECOND`]).
+    /// A valid handshake initiation came from a key that is not a peer's (at most [`UNKNOWN_PER_SECOND`]).
     UnknownPeer(PublicKey),
-    /// A session with a peer stands, the first or after it had none.
+    /// There is a session with a peer, for the first time or after there was none.
     SessionEstablished(PublicKey),
-    /// Data for the peer goes another way now; `None` when there is no way.
+    /// Data for the peer takes another path.
     PathChanged {
         /// The peer.
         peer: PublicKey,
-        /// The path that carries its data now; `None` when no path works.
+        /// The new path; `None` when no path works.
         path: Option<Path>,
     },
-    /// A peer was removed because another took over its address.
+    /// A peer was removed because another has taken over its address.
     PeerReplaced {
         /// The removed peer.
         old: PublicKey,
@@ -106,25 +105,25 @@ pub enum NodeEvent {
 /// Datagrams that the node dropped, by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Initiations from keys that are no peers, and packets for sessions that no peer has.
+    /// Initiations from unknown keys, and packets for unknown sessions.
     pub unknown_peer: u64,
     /// Packets and handshakes seen before, or too old to tell.
     pub replayed: u64,
-    /// Packets that did not authenticate, or came over the relay from another than their sender.
+    /// Packets that did not authenticate, or that the relay attributes to another sender.
     pub forged: u64,
-    /// Packets that are no WireGuard, or whose contents are no IPv6.
+    /// Packets that are not WireGuard, or whose contents are not IPv6.
     pub malformed: u64,
-    /// Authentic packets with an inner source that is not their peer's.
+    /// Authentic packets whose inner source address is not their peer's.
     pub spoofed: u64,
-    /// Authentic or not: packets for a session or a handshake that has ended. Some are usual around new keys.
+    /// Packets, authentic or not, for a session or handshake that has ended. A few are normal after a rekey.
     pub stale: u64,
     /// Handshakes refused because too many came.
     pub rate_limited: u64,
-    /// Packets for which a queue had no room.
+    /// Packets dropped because a queue was full.
     pub overflow: u64,
-    /// Outgoing packets for an address that no peer has, or too long.
+    /// Outgoing packets for an address that no peer has, or that are too long.
     pub no_route: u64,
-    /// Copies of one initiation that came by several paths; harmless.
+    /// Copies of an initiation that arrived by several paths; harmless.
     pub duplicate: u64,
 }
 
@@ -145,11 +144,11 @@ pub struct Node {
     gate: Gate,
     address: Ipv6Addr,
     relay_up: bool,
-    /// Peers at their places; a free place may be taken again.
+    /// Free slots are reused.
     slots: Vec<Option<Box<Peer>>>,
     by_key: HashMap<[u8; 32], usize>,
     by_address: HashMap<Ipv6Addr, usize>,
-    /// The route taken last, which is mostly the next one's too.
+    /// A cache of the last lookup, because the next packet mostly goes to the same peer.
     last_route: Option<(Ipv6Addr, usize)>,
     seen: VecDeque<Seen>,
     unknown: Unknown,
@@ -166,12 +165,12 @@ struct Seen {
 
 /// Recent initiations from unknown keys, and the rate limit of their reports.
 struct Unknown {
-    recent: VecDeque<Stranger>,
-    /// Since when reports are counted, and how many there were.
+    recent: VecDeque<PendingInitiation>,
+    /// The beginning of the current second, and the reports in it.
     window: (Instant, u32),
 }
 
-struct Stranger {
+struct PendingInitiation {
     key: PublicKey,
     path: Path,
     at: Instant,
@@ -203,11 +202,11 @@ impl Node {
         self.gate.public_key()
     }
 
-    /// Admits a peer, or changes one. With `initiate` the node begins handshakes by itself and keeps on trying;
-    /// without, it does so only when there is something to send.
+    /// Adds or updates a peer. With `initiate` the node starts handshakes on its own and keeps retrying; without, only
+    /// when there is something to send.
     ///
-    /// New candidates keep the session; another pre-shared key or address ends it. Another peer with the same
-    /// address is removed. Beyond [`MAX_PEERS`] a new peer is counted in [`Counters::overflow`] and ignored.
+    /// New candidates keep the session; another pre-shared key or address ends it. Another peer with the same address is
+    /// removed. Beyond [`MAX_PEERS`] a new peer is counted in [`Counters::overflow`] and ignored.
     pub fn upsert_peer(&mut self, now: Instant, peer: PeerConfig, initiate: bool) {
         self.remove_others_at(now, &peer);
         if let Some(&slot) = self.by_key.get(peer.public_key.as_bytes())
@@ -225,11 +224,11 @@ impl Node {
         let generation = self.random.next() as u32 & ((1 << (INDEX_BITS - SLOT_BITS)) - 1);
         let index = generation << SLOT_BITS | slot as u32;
         let (key, address) = (peer.public_key, peer.address);
-        let home = Home { gate: &self.gate, address: self.address, relay_up: self.relay_up };
-        let mut peer = Box::new(Peer::new(now, peer, initiate, index, &home, &mut self.random));
-        // The handshake that asked for the admission goes on, before one of our own is begun.
-        if let Some(stranger) = self.unknown.take(now, &key) {
-            peer.handle_initiation(now, stranger.path, &stranger.initiation, &mut self.out);
+        let context = NodeContext { gate: &self.gate, address: self.address, relay_up: self.relay_up };
+        let mut peer = Box::new(Peer::new(now, peer, initiate, index, &context, &mut self.random));
+        // Continue the handshake that led to this call before starting one of our own.
+        if let Some(pending) = self.unknown.take(now, &key) {
+            peer.handle_initiation(now, pending.path, &pending.initiation, &mut self.out);
         }
         peer.settle(now, &mut self.out);
         self.slots[slot] = Some(peer);
@@ -238,7 +237,7 @@ impl Node {
         self.last_route = None;
     }
 
-    /// Cuts a peer at once, with all that waits for it or from it. Its address, if it was a peer.
+    /// Removes a peer and drops everything queued for or from it. Returns its address if it was a peer.
     pub fn remove_peer(&mut self, _now: Instant, key: &PublicKey) -> Option<Ipv6Addr> {
         let slot = self.by_key.remove(key.as_bytes())?;
         let peer = self.slots[slot].take()?;
@@ -248,7 +247,7 @@ impl Node {
         Some(peer.address())
     }
 
-    /// The relay connection came or went. A driver tells both, also when one follows the other at once.
+    /// The relay connection was established or lost. A driver must report both, even if one follows the other at once.
     pub fn set_relay_up(&mut self, now: Instant, up: bool) {
         self.relay_up = up;
         for peer in self.slots.iter_mut().flatten() {
@@ -256,7 +255,7 @@ impl Node {
         }
     }
 
-    /// The relay says that it does not have that peer.
+    /// The relay says that the peer is not connected to it.
     pub fn relay_peer_absent(&mut self, now: Instant, key: &PublicKey) {
         if let Some(&slot) = self.by_key.get(key.as_bytes())
             && let Some(peer) = &mut self.slots[slot]
@@ -265,7 +264,7 @@ impl Node {
         }
     }
 
-    /// Takes a datagram. `source_key` is whom the relay names as its sender; it means nothing on a direct path.
+    /// Processes a datagram. `source_key` is the sender according to the relay; ignored on a direct path.
     pub fn handle_datagram(&mut self, now: Instant, path: Path, source_key: Option<&PublicKey>, datagram: &mut [u8]) {
         let claimed = match (path, source_key) {
             (Path::Direct(_), _) => None,
@@ -283,7 +282,7 @@ impl Node {
         }
     }
 
-    /// Takes an IPv6 packet from the netstack, for the peer that has its destination address.
+    /// Sends an IPv6 packet from the netstack to the peer that has its destination address.
     pub fn handle_packet(&mut self, now: Instant, packet: &[u8]) {
         let destination: Option<[u8; 16]> = packet.get(24..40).and_then(|bytes| bytes.try_into().ok());
         let Some(destination) = destination.filter(|_| packet[0] >> 4 == 6) else {
@@ -297,7 +296,7 @@ impl Node {
         }
     }
 
-    /// Does what is due. To be called when [`Node::poll_timeout`] has come; any other time does no harm.
+    /// Does what is due. To be called at [`Node::poll_timeout`]; harmless at any other time.
     pub fn handle_timeout(&mut self, now: Instant) {
         for peer in self.slots.iter_mut().flatten() {
             if peer.next_timeout() <= now {
@@ -306,7 +305,7 @@ impl Node {
         }
     }
 
-    /// The host's network changed, or it slept: every path is probed at once, and handshakes are tried at once.
+    /// The host's network has changed, or it has slept: probes every path and retries handshakes at once.
     pub fn network_changed(&mut self, now: Instant) {
         for peer in self.slots.iter_mut().flatten() {
             peer.network_changed(now, &mut self.out);
@@ -330,7 +329,7 @@ impl Node {
         self.out.pop_event()
     }
 
-    /// When to call [`Node::handle_timeout`]; `None` without peers. It may lie in the past.
+    /// When to call [`Node::handle_timeout`]; `None` without peers. May be in the past.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.slots.iter().flatten().map(|peer| peer.next_timeout()).min()
@@ -438,13 +437,13 @@ impl Node {
 }
 
 impl Unknown {
-    /// Keeps the initiation. True when its key should be reported.
+    /// Keeps the initiation; returns whether its key should be reported.
     fn note(&mut self, now: Instant, key: PublicKey, path: Path, initiation: &[u8; INITIATION_LEN]) -> bool {
-        self.recent.retain(|stranger| now.saturating_duration_since(stranger.at) < UNKNOWN_LIFETIME);
-        let stranger = Stranger { key, path, at: now, initiation: *initiation };
-        if let Some(known) = self.recent.iter_mut().find(|stranger| stranger.key == key) {
-            // The key was reported a moment ago; its newest try is the one to answer.
-            (known.path, known.initiation) = (stranger.path, stranger.initiation);
+        self.recent.retain(|pending| now.saturating_duration_since(pending.at) < UNKNOWN_LIFETIME);
+        let pending = PendingInitiation { key, path, at: now, initiation: *initiation };
+        if let Some(known) = self.recent.iter_mut().find(|pending| pending.key == key) {
+            // The key was reported already; keep its latest initiation, which is the one to answer.
+            (known.path, known.initiation) = (pending.path, pending.initiation);
             return false;
         }
         if now.saturating_duration_since(self.window.0) >= Duration::from_secs(1) {
@@ -457,18 +456,18 @@ impl Unknown {
         if self.recent.len() == MAX_UNKNOWN {
             self.recent.pop_front();
         }
-        self.recent.push_back(stranger);
+        self.recent.push_back(pending);
         true
     }
 
-    fn take(&mut self, now: Instant, key: &PublicKey) -> Option<Stranger> {
-        let at = self.recent.iter().position(|stranger| stranger.key == *key)?;
-        let stranger = self.recent.remove(at)?;
-        (now.saturating_duration_since(stranger.at) < UNKNOWN_LIFETIME).then_some(stranger)
+    fn take(&mut self, now: Instant, key: &PublicKey) -> Option<PendingInitiation> {
+        let at = self.recent.iter().position(|pending| pending.key == *key)?;
+        let pending = self.recent.remove(at)?;
+        (now.saturating_duration_since(pending.at) < UNKNOWN_LIFETIME).then_some(pending)
     }
 }
 
-/// Remembers an initiation; the path of the first copy when it is not the first.
+/// Remembers an initiation; if this is a copy, returns the path of the first one.
 fn remember(seen: &mut VecDeque<Seen>, now: Instant, path: Path, initiation: &[u8; INITIATION_LEN]) -> Option<Path> {
     let fingerprint = wireguard::fingerprint(initiation);
     while seen.front().is_some_and(|first| now.saturating_duration_since(first.at) >= DUPLICATE_WINDOW) {
@@ -484,8 +483,8 @@ fn remember(seen: &mut VecDeque<Seen>, now: Instant, path: Path, initiation: &[u
     None
 }
 
-/// What a cookie is bound to (paper §5.4.7): the sender's IP address; over the relay, which knows no address but
-/// vouches for the key, a part of the key.
+/// What a cookie is bound to (paper §5.4.7): the sender's IP address, or over the relay, which knows no address but has
+/// verified the key, a part of the key.
 fn cookie_source(path: Path, claimed: Option<PublicKey>) -> IpAddr {
     match (path, claimed) {
         (Path::Direct(address), _) => address.ip(),

@@ -1,8 +1,8 @@
 //! What a node has ready for its driver: datagrams in batches, decrypted packets, events, counters.
 //!
-//! Packets are encrypted straight into a batch and decrypted straight into the inbox. Buffers are reused: a batch's
-//! buffer goes out by being swapped with the caller's, which serves a later batch. So nothing is allocated per
-//! packet once the buffers have grown.
+//! Packets are encrypted directly into a batch and decrypted directly into the inbox. Buffers are reused: a batch's
+//! buffer is swapped with the caller's, which is used for a later batch. So nothing is allocated per packet once the
+//! buffers have grown.
 
 use std::collections::VecDeque;
 
@@ -13,24 +13,24 @@ use crate::{
     path::PathKind,
 };
 
-/// The most bytes of one batch: Linux takes no more than 64 KiB, headers included, in one `sendmsg` with
-/// `UDP_SEGMENT`, and one relay frame holds it.
+/// Linux accepts at most 64 KiB, headers included, in one `sendmsg` with `UDP_SEGMENT`; a batch also fits into one relay
+/// frame.
 pub const MAX_BATCH_BYTES: usize = 60 * 1024;
 
-/// The most datagrams of one batch: the kernel's limit, `UDP_MAX_SEGMENTS`.
+/// The kernel's limit, `UDP_MAX_SEGMENTS`.
 pub const MAX_BATCH_SEGMENTS: usize = 64;
 
-/// The most bytes that wait for the driver to send: some 15 ms at 1 Gbit/s. The driver takes them after every input,
-/// so that only a driver that stands still meets it.
+/// Bytes waiting for the driver to send: about 15 ms at 1 Gbit/s. The driver drains them after every input, so only a
+/// stalled driver can reach this.
 pub const MAX_OUTBOX_BYTES: usize = 2 * 1024 * 1024;
 
-/// The most decrypted bytes that wait for the driver, for the same reason.
+/// Decrypted bytes waiting for the driver; likewise.
 pub const MAX_INBOX_BYTES: usize = 4 * 1024 * 1024;
 
-/// The most events that wait; the oldest are dropped.
+/// Beyond this the oldest events are dropped.
 pub const MAX_EVENTS: usize = 256;
 
-/// How far back a batch may still grow: more peers than this that send in turns get smaller batches.
+/// The newest batches that may still grow. If more peers than this send in turns, batches get smaller.
 const OPEN_BATCHES: usize = 8;
 
 /// Empty buffers kept for later batches.
@@ -70,21 +70,19 @@ impl Output {
         }
     }
 
-    /// Forgets what waits for or from a peer that was removed.
+    /// Drops everything for or from a removed peer.
     pub(crate) fn purge(&mut self, peer: &PublicKey) {
         self.outbox.purge(peer);
         self.inbox.purge(peer);
     }
 }
 
-/// Whether a datagram found room in the outbox.
+/// Whether a datagram was written to the outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Written {
-    /// It will be sent.
     Queued,
     /// There was nothing to write after all.
     Nothing,
-    /// There is no room.
     Full,
 }
 
@@ -101,7 +99,7 @@ struct Batch {
     path: PathKind,
     segment_size: usize,
     segments: usize,
-    /// A shorter datagram was the last that it can take.
+    /// A shorter datagram was added, which must be the last.
     closed: bool,
     data: Vec<u8>,
 }
@@ -116,7 +114,7 @@ impl Batch {
 }
 
 impl Outbox {
-    /// Lets `fill` write a datagram of `len` bytes in its place; `fill` says whether it did.
+    /// Lets `fill` write a datagram of `len` bytes into a batch; `fill` returns whether it did.
     pub(crate) fn write(
         &mut self,
         peer: PublicKey,
@@ -139,7 +137,7 @@ impl Outbox {
         }
         batch.data.truncate(start);
         if start == 0 {
-            // A batch without datagrams was opened just now, so it is the last.
+            // An empty batch was just opened, so it is the last.
             if let Some(batch) = self.batches.pop_back() {
                 self.recycle(batch.data);
             }
@@ -161,8 +159,7 @@ impl Outbox {
         self.bytes = self.batches.iter().map(|batch| batch.data.len()).sum();
     }
 
-    /// The place of the batch that takes the datagram. Only the newest batch of a path may grow, so that the order on
-    /// each path stays.
+    /// The index of the batch for a datagram. Only the newest batch of a path may grow, to keep the order on each path.
     fn open_batch(&mut self, peer: PublicKey, path: PathKind, len: usize) -> usize {
         let recent = self.batches.iter().enumerate().rev().take(OPEN_BATCHES);
         let newest = recent.into_iter().find(|(_, batch)| batch.path == path && batch.peer == peer);
@@ -194,7 +191,7 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// Room at the end to decrypt into; it becomes a packet by [`Inbox::commit`], else it is used again.
+    /// Space at the end to decrypt into. [`Inbox::commit`] turns it into a packet; otherwise it is reused.
     pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
         if self.data.len() < self.end + len {
             self.data.resize(self.end + len, 0);
@@ -202,12 +199,12 @@ impl Inbox {
         &mut self.data[self.end..self.end + len]
     }
 
-    /// What was written into the room.
+    /// What was written into the space.
     pub(crate) fn written(&self, len: usize) -> &[u8] {
         &self.data[self.end..self.end + len]
     }
 
-    /// Keeps the first `len` bytes of the room as a packet. False when there is no space for more.
+    /// Keeps the first `len` bytes of the space as a packet. False if the inbox is full.
     pub(crate) fn commit(&mut self, peer: PublicKey, len: usize) -> bool {
         if self.end - self.start + len > MAX_INBOX_BYTES {
             return false;
@@ -246,7 +243,7 @@ impl Inbox {
             self.start = 0;
             self.end = 0;
         } else if self.start > MAX_INBOX_BYTES {
-            // Never drained quite empty: move what is left to the front, once per 4 MiB.
+            // If the inbox is never drained completely, move the rest to the front, once per 4 MiB.
             self.data.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;

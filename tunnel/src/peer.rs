@@ -1,13 +1,12 @@
-//! One peer: its session, its paths, and what waits for either.
+//! A peer: its session, its paths, and the packets waiting for either.
 //!
-//! The parts decide alone: the session when keys are renewed, the paths which way is best, the ladder when a handshake
-//! is tried again. Here they meet. Every input ends in `Peer::settle`, which takes the parts' conclusions and acts
-//! on them: sends the pings that are due, moves to a better path, flushes what waited, begins a handshake when one is
-//! needed.
+//! Each part makes its own decisions: the session when to renew keys, the paths which one is best, the retry schedule
+//! when to repeat a handshake. Every input ends in `Peer::settle`, which acts on them: sends the pings that are due,
+//! moves to a better path, flushes pending packets, starts a handshake when one is needed.
 //!
-//! A handshake is begun when there are no keys and either the application asked for it or packets wait; and when
-//! there are keys but every path has fallen silent (*distress*), for then the peer has perhaps been restarted
-//! without them. It goes over all paths at once; the answer tells which one works.
+//! A handshake is started when there are no keys and either the application asked for it or packets are waiting; and
+//! when there are keys but every path is silent (*distress*), because the peer may have been restarted and lost its
+//! keys. It goes over all paths at once; the answer shows which one works.
 
 use std::{
     net::{Ipv6Addr, SocketAddr},
@@ -17,40 +16,40 @@ use std::{
 use x25519_dalek::PublicKey;
 
 use crate::{
-    backlog::Backlog,
-    ladder::Ladder,
     node::NodeEvent,
     output::{Output, Written},
     path::{PathKind, PathStatus, Paths, Probe, ProbeKind},
+    pending::PendingPackets,
     random::Random,
+    retry::RetrySchedule,
     wireguard::{CONTROL_LEN, Gate, INITIATION_LEN, Message, OVERHEAD, Received, Session, is_initiation, sender_index},
 };
 
 /// An idle peer gets an empty packet this often, to keep NAT mappings (the value that `wg(8)` recommends).
 pub const KEEPALIVE: Duration = Duration::from_secs(25);
 
-/// How often WireGuard's timers are looked at while there is traffic; they count seconds.
+/// Between checks of WireGuard's timers while there is traffic; they count seconds.
 pub const TICK_BUSY: Duration = Duration::from_secs(1);
 
-/// How often without: only keys that end matter then, after 180 s (paper §6.1).
+/// The same without traffic, when only the expiry of keys matters, after 180 s (paper §6.1).
 pub const TICK_IDLE: Duration = Duration::from_secs(10);
 
-/// Traffic this long ago still counts: `KEEPALIVE_TIMEOUT + REKEY_TIMEOUT` (paper §6.1), and a little more.
+/// How long traffic counts as recent: `KEEPALIVE_TIMEOUT + REKEY_TIMEOUT` (paper §6.1), and a little more.
 pub const TICK_WINDOW: Duration = Duration::from_secs(20);
 
-/// How long keys are renewed on the path in use alone, before every path is tried.
-pub const REKEY_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a rekey is tried only on the path in use, before every path is tried.
+pub const REKEY_PATH_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// One peer that may talk to us.
+/// The configuration of a peer.
 #[derive(Clone)]
 pub struct PeerConfig {
-    /// Its X25519 public key.
+    /// An X25519 key.
     pub public_key: PublicKey,
-    /// The pair's pre-shared key.
+    /// The key that WireGuard mixes into the handshake with this peer (paper §5.2).
     pub preshared_key: Option<[u8; 32]>,
-    /// Its address inside the tunnel: the only source accepted from it, and what routes to it.
+    /// The peer's address inside the tunnel: the only source accepted from it, and the destination routed to it.
     pub address: Ipv6Addr,
-    /// UDP addresses where it can perhaps be reached.
+    /// UDP addresses at which the peer may be reachable.
     pub candidates: Vec<SocketAddr>,
 }
 
@@ -71,8 +70,8 @@ pub struct PeerStatus {
     pub paths: Vec<PathStatus>,
 }
 
-/// What a peer has to know of the node that it is a peer of.
-pub(crate) struct Home<'a> {
+/// What a new peer needs to know of its node.
+pub(crate) struct NodeContext<'a> {
     pub(crate) gate: &'a Gate,
     pub(crate) address: Ipv6Addr,
     pub(crate) relay_up: bool,
@@ -85,16 +84,16 @@ pub(crate) struct Peer {
     index: u32,
     own_address: Ipv6Addr,
     session: Session,
-    /// Whether both sides are known to have keys: we had an answer, or data under the keys that we answered with.
+    /// Whether both sides are known to have keys: our handshake was answered, or data came under keys of one we answered.
     live: bool,
     /// The last two initiations: which session, and when.
     initiated: [Option<(u32, Instant)>; 2],
     established_at: Option<Instant>,
-    /// WireGuard wants new keys and has not got them.
+    /// WireGuard has asked for new keys, and there are none yet.
     rekeying: bool,
-    ladder: Option<Ladder>,
+    retry: Option<RetrySchedule>,
     paths: Paths,
-    backlog: Backlog,
+    pending: PendingPackets,
     next_tick: Instant,
     last_sent: Instant,
     last_data: Option<Instant>,
@@ -110,25 +109,25 @@ impl Peer {
         config: PeerConfig,
         initiate: bool,
         index: u32,
-        home: &Home<'_>,
+        context: &NodeContext<'_>,
         random: &mut Random,
     ) -> Self {
-        let session = home.gate.session(now, config.public_key, config.preshared_key, index);
-        let mut paths = Paths::new(home.relay_up, Random::new(random.next()));
+        let session = context.gate.session(now, config.public_key, config.preshared_key, index);
+        let mut paths = Paths::new(context.relay_up, Random::new(random.next()));
         paths.set_candidates(now, &config.candidates);
         Self {
             config,
             initiate,
             index,
-            own_address: home.address,
+            own_address: context.address,
             session,
             live: false,
             initiated: [None; 2],
             established_at: None,
             rekeying: false,
-            ladder: None,
+            retry: None,
             paths,
-            backlog: Backlog::default(),
+            pending: PendingPackets::default(),
             next_tick: now + TICK_IDLE,
             last_sent: now,
             last_data: None,
@@ -150,14 +149,14 @@ impl Peer {
         self.index
     }
 
-    /// Whether the configuration means the same peering, so that its session can stay.
+    /// Whether the new configuration allows the session to continue.
     pub(crate) fn is_same_peering(&self, config: &PeerConfig) -> bool {
         self.config.public_key == config.public_key
             && self.config.preshared_key == config.preshared_key
             && self.config.address == config.address
     }
 
-    /// Takes new candidates, and whether to begin handshakes.
+    /// Sets the candidates, and whether to initiate handshakes.
     pub(crate) fn update(&mut self, now: Instant, candidates: Vec<SocketAddr>, initiate: bool, out: &mut Output) {
         let news = self.paths.set_candidates(now, &candidates);
         self.config.candidates = candidates;
@@ -182,14 +181,14 @@ impl Peer {
     }
 
     pub(crate) fn network_changed(&mut self, now: Instant, out: &mut Output) {
-        // The machine may have slept, and the keys have ended meanwhile.
+        // The machine may have slept, and the keys may have expired meanwhile.
         self.tick(now, out);
         self.paths.network_changed(now);
         self.retry_now(now);
         self.settle(now, out);
     }
 
-    /// Takes an initiation that the node's gate has let through.
+    /// Processes an initiation that has passed the node's gate.
     pub(crate) fn handle_initiation(
         &mut self,
         now: Instant,
@@ -203,8 +202,8 @@ impl Peer {
             Ok(Received::Reply(len)) => {
                 self.send_finished(now, from, &reply[..len], out);
                 self.paths.heard(now, from);
-                if let Some(ladder) = &mut self.ladder {
-                    ladder.yield_to_peer(now);
+                if let Some(retry) = &mut self.retry {
+                    retry.yield_to_peer(now);
                 }
                 self.settle(now, out);
             }
@@ -213,15 +212,14 @@ impl Peer {
         }
     }
 
-    /// An initiation came again, byte for byte, by another path. Of a path that only Loom nodes have, that says what
-    /// the peer is.
+    /// An identical initiation arrived by another path. If that is the relay, the peer is a Loom node.
     pub(crate) fn handle_duplicate(&mut self, now: Instant, from: PathKind) {
         if from == PathKind::Relay {
             self.paths.set_loom(now);
         }
     }
 
-    /// Takes any other datagram that names a session of this peer.
+    /// Processes any other datagram for a session of this peer.
     pub(crate) fn handle_message(
         &mut self,
         now: Instant,
@@ -242,16 +240,16 @@ impl Peer {
         }
     }
 
-    /// Sends a packet, or keeps it until it can be sent.
+    /// Sends a packet, or queues it until it can be sent.
     pub(crate) fn send(&mut self, now: Instant, packet: &[u8], out: &mut Output) {
         self.last_data = Some(now);
         self.tick_if_stale(now, out);
-        if let Some(path) = self.paths.active().filter(|_| self.live && self.backlog.is_empty())
+        if let Some(path) = self.paths.active().filter(|_| self.live && self.pending.is_empty())
             && self.transmit_data(now, path, packet, out)
         {
             return;
         }
-        out.counters.overflow += self.backlog.push(packet);
+        out.counters.overflow += self.pending.push(packet);
         self.settle(now, out);
     }
 
@@ -272,10 +270,10 @@ impl Peer {
     }
 
     pub(crate) fn next_timeout(&self) -> Instant {
-        let ladder = self.ladder.map(|ladder| ladder.next());
+        let retry = self.retry.map(|retry| retry.next());
         let paths = if self.live { self.paths.next_timeout() } else { None };
         let keepalive = self.live.then_some(self.last_sent + KEEPALIVE);
-        [ladder, paths, keepalive].into_iter().flatten().fold(self.next_tick, Instant::min)
+        [retry, paths, keepalive].into_iter().flatten().fold(self.next_tick, Instant::min)
     }
 
     pub(crate) fn status(&self, now: Instant) -> PeerStatus {
@@ -289,7 +287,7 @@ impl Peer {
         }
     }
 
-    /// Applies what the handshake, the session and the paths decided.
+    /// Acts on the decisions of the handshake, the session and the paths.
     pub(crate) fn settle(&mut self, now: Instant, out: &mut Output) {
         if self.paths.select() {
             out.event(NodeEvent::PathChanged { peer: self.key(), path: self.paths.active() });
@@ -305,34 +303,34 @@ impl Peer {
 
     fn flush(&mut self, now: Instant, out: &mut Output) {
         let Some(path) = self.paths.active() else { return };
-        while let Some(packet) = self.backlog.pop() {
+        while let Some(packet) = self.pending.pop() {
             if !self.transmit_data(now, path, &packet, out) {
-                self.backlog.put_back(packet);
+                self.pending.put_back(packet);
                 return;
             }
         }
     }
 
     fn keep_trying(&mut self, now: Instant, out: &mut Output) {
-        let keyless = !self.live && (self.initiate || !self.backlog.is_empty());
+        let keyless = !self.live && (self.initiate || !self.pending.is_empty());
         let distress = self.live && self.paths.is_in_distress();
         if !keyless && !distress && !self.rekeying {
-            self.ladder = None;
+            self.retry = None;
             return;
         }
-        let ladder = *self.ladder.get_or_insert(Ladder::from(now));
-        if ladder.next() <= now {
+        let retry = *self.retry.get_or_insert(RetrySchedule::from(now));
+        if retry.next() <= now {
             self.initiate_everywhere(now, out);
-            if let Some(ladder) = &mut self.ladder {
-                ladder.climb(now, &mut self.random);
+            if let Some(retry) = &mut self.retry {
+                retry.advance(now, &mut self.random);
             }
         }
     }
 
-    /// Something changed for the better: the next try need not wait.
+    /// Conditions have improved: retry the handshake now.
     fn retry_now(&mut self, now: Instant) {
-        if let Some(ladder) = &mut self.ladder {
-            *ladder = Ladder::from(now);
+        if let Some(retry) = &mut self.retry {
+            *retry = RetrySchedule::from(now);
         }
     }
 
@@ -341,7 +339,7 @@ impl Peer {
             return;
         }
         let mut message = [0; CONTROL_LEN];
-        // WireGuard's clock first: the time of this try counts from it.
+        // Update WireGuard's clock first, from which the time of this attempt is taken.
         let ticked = self.run_timers(now, &mut message);
         let ready = ticked.filter(|_| is_initiation(&message)).or_else(|| self.session.initiate(now, &mut message));
         if let Some(len) = ready {
@@ -363,7 +361,7 @@ impl Peer {
         }
     }
 
-    /// Lets WireGuard's timers run and sends what they call for.
+    /// Runs WireGuard's timers and sends what they require.
     fn tick(&mut self, now: Instant, out: &mut Output) {
         let mut message = [0; CONTROL_LEN];
         let Some(len) = self.run_timers(now, &mut message) else { return };
@@ -390,7 +388,7 @@ impl Peer {
         }
         if self.live {
             self.rekeying = true;
-            self.ladder.get_or_insert(Ladder::from(now + REKEY_PATIENCE));
+            self.retry.get_or_insert(RetrySchedule::from(now + REKEY_PATH_TIMEOUT));
         }
     }
 
@@ -401,7 +399,7 @@ impl Peer {
             self.rekeying = false;
         }
         let recent = self.last_data.is_some_and(|at| now.saturating_duration_since(at) < TICK_WINDOW);
-        let busy = recent || self.rekeying || self.ladder.is_some();
+        let busy = recent || self.rekeying || self.retry.is_some();
         self.next_tick = now + if busy { TICK_BUSY } else { TICK_IDLE };
         len
     }
@@ -432,7 +430,7 @@ impl Peer {
         let anew = first || self.paths.active().is_none();
         self.live = true;
         self.rekeying = false;
-        self.ladder = None;
+        self.retry = None;
         self.established_at = Some(now);
         self.next_tick = self.next_tick.min(now + TICK_BUSY);
         if anew {
@@ -470,7 +468,7 @@ impl Peer {
         }
     }
 
-    /// Keeps a packet for the netstack, unless it is a probe.
+    /// Queues a decrypted packet for the netstack, unless it is a probe.
     fn take_packet(&mut self, now: Instant, len: usize, out: &mut Output) -> Option<Probe> {
         let probe = Probe::decode(out.inbox.written(len));
         if probe.is_none() {
@@ -500,7 +498,7 @@ impl Peer {
         self.transmit(now, path, &probe.encode(self.own_address, self.config.address), out);
     }
 
-    /// Sends a packet of the netstack's. False when there are no keys for it.
+    /// Sends a packet of the netstack. Returns false if there are no keys.
     fn transmit_data(&mut self, now: Instant, path: PathKind, packet: &[u8], out: &mut Output) -> bool {
         let sent = match self.paths.spare() {
             Some(spare) => self.transmit_twice(now, path, spare, packet, out),
@@ -513,7 +511,7 @@ impl Peer {
         sent
     }
 
-    /// Encrypts straight into the outbox.
+    /// Encrypts directly into the outbox.
     fn transmit(&mut self, now: Instant, path: PathKind, packet: &[u8], out: &mut Output) -> bool {
         let (session, key) = (&mut self.session, self.config.public_key);
         let written = out.outbox.write(key, path, packet.len() + OVERHEAD, |slot| session.encrypt(now, packet, slot));

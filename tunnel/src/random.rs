@@ -1,7 +1,7 @@
-//! A small generator of numbers that must differ but need not be secret: jitter, path nonces, session indices.
+//! A small random number generator for values that need not be secret: jitter, path nonces, session indices.
 //!
-//! SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). It is seeded from
-//! outside, so that a simulated run repeats exactly. Keys never come from here.
+//! SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). The caller seeds it,
+//! so that a simulated run can be repeated exactly. It is never used for keys.
 
 /// The generator.
 #[derive(Debug, Clone)]

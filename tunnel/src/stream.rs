@@ -1,7 +1,7 @@
 //! A TCP connection inside the tunnel as a byte stream.
 //!
-//! The stream reads and writes the connection's buffers in place, under the node's lock, from the task that uses it;
-//! only when that leaves something to send does it wake the driver.
+//! The task that uses the stream reads and writes the connection's buffers in place, under the node's lock, and wakes the
+//! driver only if there is something to send.
 
 use std::{
     fmt, io,
@@ -33,7 +33,7 @@ pub struct TunnelStream {
 }
 
 impl TunnelStream {
-    /// Takes over a connection that has been begun.
+    /// Wraps a connection that is being opened or accepted.
     pub(crate) fn new(shared: Arc<Shared>, id: ConnectionId) -> Self {
         Self { shared, id }
     }
@@ -64,7 +64,7 @@ impl AsyncWrite for TunnelStream {
     }
 
     fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // What is written is on its way: nothing is held back.
+        // Nothing to do: written data is sent without being flushed.
         Poll::Ready(Ok(()))
     }
 

@@ -1,19 +1,17 @@
-//! The boundary to WireGuard: `boringtun`'s Noise state machine, with the time given from outside.
+//! The interface to WireGuard: `boringtun`'s Noise state machine, with the time as an argument.
 //!
-//! Everything of WireGuard that this crate does not do itself stands behind [`Session`] (one per peer) and
-//! [`Gate`] (one per node, in front of every handshake initiation), so that another implementation can take the
-//! place of this one. What the boundary adds:
+//! All of WireGuard that this crate does not implement itself is behind [`Session`] (one per peer) and [`Gate`] (one per
+//! node, which checks every handshake initiation), so that the implementation could be replaced. What this adds:
 //!
 //! - **Lengths are checked before `boringtun` sees a datagram** ([`classify`]): it panics when the output buffer is
 //!   smaller than the input.
-//! - **Time.** `boringtun` reads the system's clock (on Linux the one that goes on while the machine sleeps). With the
-//!   feature `simulated-time` that clock is replaced and set to the `now` of each call; without it, `now` must be real.
+//! - **Time.** `boringtun` reads the system's clock (on Linux the one that includes sleep). With the feature
+//!   `simulated-time` that clock is replaced and set to the `now` of each call; without it, `now` must be real.
 //! - **Fresh timers.** `boringtun` stamps sessions with the time of the last [`Session::tick`], so a tick comes before
 //!   each handshake message; otherwise a session that begins after a quiet time would end early.
-//! - **Keys in use stay.** `boringtun` keeps eight sessions, at places that each handshake begun or answered takes in
-//!   turn, used or not. Many tries in a row would overwrite the keys in use by ones that nobody may ever use; places
-//!   that are taken are passed over.
-//! - **One rate limit for the node.** The gate counts, `boringtun`'s own limiters do not.
+//! - **Keys in use are kept.** `boringtun` has eight session slots, which handshakes begun or answered use in turn. Many
+//!   attempts in a row would overwrite the keys in use with ones that may never be used, so slots in use are skipped.
+//! - **One rate limit for the node.** It is the gate's; `boringtun`'s own limiters are not used.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -33,18 +31,18 @@ pub(crate) const INITIATION_LEN: usize = 148;
 /// Bytes of a cookie reply (paper §5.4.7).
 pub(crate) const COOKIE_REPLY_LEN: usize = 64;
 
-/// Room for any message that is not a data packet of ours.
+/// Enough bytes for any message except data packets.
 pub(crate) const CONTROL_LEN: usize = 256;
 
-/// Valid initiations per second before cookies are asked for (paper §5.3). Each costs about 0.3 ms of one core, so that
-/// a flood costs 3 % of it; one peer that retries on every path needs less than 20.
+/// Valid initiations per second before cookies are required (paper §5.3). Each costs about 0.3 ms of a core, so a flood
+/// costs 3 % of it; one peer that retries on every path needs less than 20.
 pub(crate) const INITIATIONS_PER_SECOND: u64 = 100;
 
-/// How stale `boringtun`'s notion of the time may be when a packet is sent. Its own timers count seconds.
+/// How old `boringtun`'s time may be when a packet is sent. Its timers count seconds.
 pub(crate) const CLOCK_GRAIN: Duration = Duration::from_millis(250);
 
-/// How many sessions `boringtun` keeps.
-const PLACES: u32 = 8;
+/// The session slots of `boringtun`.
+const MAX_SESSIONS: u32 = 8;
 
 const RESPONSE_LEN: usize = 92;
 const MAC1: std::ops::Range<usize> = INITIATION_LEN - 32..INITIATION_LEN - 16;
@@ -65,33 +63,28 @@ pub(crate) enum Message {
 /// Why a datagram was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// Its counter or timestamp was seen before, or is too old to tell.
+    /// The counter or timestamp was seen before, or is too old to tell.
     Replayed,
-    /// It does not authenticate.
+    /// Authentication failed.
     Forged,
-    /// It belongs to a session or a handshake that has ended.
+    /// The session or handshake has ended.
     Stale,
-    /// Its contents are no IP packet.
+    /// The contents are not an IP packet.
     Malformed,
-    /// Too many handshakes at once.
+    /// There are too many handshakes.
     RateLimited,
 }
 
-/// What an authentic datagram meant. Lengths are those of the output buffer's part that was written.
+/// The contents of an authentic datagram. Lengths are of what was written to the output buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Received {
     /// An empty packet, or a cookie: nothing to do.
     Nothing,
     /// An inner IPv6 packet.
-    Packet {
-        /// Its length in bytes.
-        len: usize,
-        /// Its source address.
-        source: Ipv6Addr,
-    },
-    /// An inner IPv4 packet; we have no such address.
+    Packet { len: usize, source: Ipv6Addr },
+    /// An inner IPv4 packet, which is not supported.
     Ipv4,
-    /// A message to send back on the path by which the datagram came.
+    /// A message to send on the path on which the datagram arrived.
     Reply(usize),
 }
 
@@ -117,16 +110,16 @@ pub(crate) fn sender_index(message: &[u8]) -> u32 {
     u32::from_le_bytes(message[4..8].try_into().expect("the range is 4 bytes"))
 }
 
-/// The part of an initiation that tells it from every other: a keyed hash over all that stands before.
+/// Identifies an initiation: its keyed hash over everything before that.
 pub(crate) fn fingerprint(initiation: &[u8; INITIATION_LEN]) -> [u8; 16] {
     initiation[MAC1].try_into().expect("the range is 16 bytes")
 }
 
 /// Whether a handshake initiation may proceed.
 pub(crate) enum Admission {
-    /// It was made by the holder of this key, or is a replay of what that made.
+    /// Made by the holder of this key, or a replay of that.
     From(PublicKey),
-    /// Too many are coming: answer with the cookie reply that was written, and nothing else (paper §5.3).
+    /// There are too many: send only the cookie reply that was written (paper §5.3).
     Cookie,
     /// Drop it.
     Refused(Refusal),
@@ -158,7 +151,7 @@ impl Gate {
         self.public_key
     }
 
-    /// Checks the initiation's MAC and the rate, and decrypts who made it (paper §5.4.2).
+    /// Checks the initiation's MAC and the rate, and decrypts its sender's key (paper §5.4.2).
     pub(crate) fn admit(
         &mut self,
         now: Instant,
@@ -183,8 +176,8 @@ impl Gate {
         }
     }
 
-    /// The state for one peer. `index` has 24 bits and becomes the upper part of the receiver index of all that the
-    /// peer sends us.
+    /// The session with one peer. `index` has 24 bits and becomes the upper part of the receiver index in all datagrams
+    /// from the peer.
     pub(crate) fn session(
         &self,
         now: Instant,
@@ -204,11 +197,11 @@ pub(crate) struct Session {
     tunn: Tunn,
     ticked_at: Instant,
     established: bool,
-    /// The index of the handshake begun or answered last.
+    /// The index of the last handshake that was begun or answered.
     last_index: u32,
-    /// The index of the handshake answered last, until it is used.
+    /// The index of the last handshake that was answered, until it is used.
     answered: Option<u32>,
-    /// The indices of the last two sessions that both sides had the keys of.
+    /// The indices of the last two sessions for which both sides had keys.
     in_use: [Option<u32>; 2],
 }
 
@@ -218,13 +211,13 @@ impl Session {
         self.established
     }
 
-    /// Whether a tick should come before the next packet.
+    /// Whether [`Session::tick`] should be called before the next packet.
     pub(crate) fn is_stale(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.ticked_at) >= CLOCK_GRAIN
     }
 
-    /// Encrypts a packet (an empty one is a keepalive) into `output`, of exactly [`OVERHEAD`] bytes more. False when
-    /// there are no keys: nothing was written that could be sent.
+    /// Encrypts a packet (an empty one is a keepalive) into `output`, which must be exactly [`OVERHEAD`] bytes longer.
+    /// Returns false if there are no keys; then nothing was written that could be sent.
     pub(crate) fn encrypt(&mut self, now: Instant, packet: &[u8], output: &mut [u8]) -> bool {
         debug_assert_eq!(output.len(), packet.len() + OVERHEAD);
         if !self.established {
@@ -235,13 +228,14 @@ impl Session {
         matches!(self.tunn.encapsulate(packet, output), TunnResult::WriteToNetwork(sent) if sent.len() == len)
     }
 
-    /// Takes a datagram that [`classify`] knows. `output` has at least the datagram's length and [`CONTROL_LEN`].
+    /// Processes a datagram that [`classify`] recognises. `output` must have at least the datagram's length and
+    /// [`CONTROL_LEN`].
     pub(crate) fn decrypt(&mut self, now: Instant, datagram: &[u8], output: &mut [u8]) -> Result<Received, Refusal> {
         debug_assert!(output.len() >= datagram.len().max(CONTROL_LEN));
         set_clock(now);
         let message = classify(datagram);
         if message == Some(Message::Initiation) {
-            self.pass_over_places_in_use();
+            self.skip_sessions_in_use();
         }
         let received = match self.tunn.decapsulate(None, datagram, output) {
             TunnResult::Done => Received::Nothing,
@@ -268,12 +262,12 @@ impl Session {
         Ok(received)
     }
 
-    /// The session that the peer began and that it has not used yet.
+    /// The session that the peer has begun but not used yet.
     pub(crate) const fn unconfirmed(&self) -> Option<u32> {
         self.answered
     }
 
-    /// Takes a message that `boringtun` kept until there were keys; to be repeated until there is none.
+    /// The next message that `boringtun` has queued until there were keys; to be called until there is none.
     pub(crate) fn pop_queued(&mut self, now: Instant, output: &mut [u8; CONTROL_LEN]) -> Option<usize> {
         set_clock(now);
         match self.tunn.decapsulate(None, &[], output) {
@@ -282,14 +276,14 @@ impl Session {
         }
     }
 
-    /// Writes a fresh initiation, in place of any that is under way. An answer to the one before is still accepted.
+    /// Writes a new initiation, replacing one in progress. An answer to the previous one is still accepted.
     pub(crate) fn initiate(&mut self, now: Instant, output: &mut [u8; CONTROL_LEN]) -> Option<usize> {
         set_clock(now);
-        self.pass_over_places_in_use();
+        self.skip_sessions_in_use();
         self.format_initiation(output)
     }
 
-    /// Lets WireGuard's timers run (paper §6): what has to be sent, an initiation or a keepalive.
+    /// Runs WireGuard's timers (paper §6); returns the length of what has to be sent, an initiation or a keepalive.
     pub(crate) fn tick(&mut self, now: Instant, output: &mut [u8; CONTROL_LEN]) -> Option<usize> {
         set_clock(now);
         self.ticked_at = now;
@@ -313,11 +307,11 @@ impl Session {
         Some(len)
     }
 
-    /// Uses up indices, by initiations that are not sent, until the next one's place is free.
-    fn pass_over_places_in_use(&mut self) {
+    /// Uses up indices, by making initiations that are not sent, until the next slot is not in use.
+    fn skip_sessions_in_use(&mut self) {
         for _ in 0..self.in_use.len() {
-            let next = self.last_index.wrapping_add(1) % PLACES;
-            if self.in_use.iter().flatten().all(|index| index % PLACES != next) {
+            let next = self.last_index.wrapping_add(1) % MAX_SESSIONS;
+            if self.in_use.iter().flatten().all(|index| index % MAX_SESSIONS != next) {
                 return;
             }
             self.format_initiation(&mut [0; CONTROL_LEN]);
@@ -358,7 +352,7 @@ const fn refusal(error: &WireGuardError) -> Refusal {
 #[cfg(not(feature = "simulated-time"))]
 const fn set_clock(_now: Instant) {}
 
-/// The replaced clock is one per thread; the epoch is one for all, so that a node may move between threads.
+/// The simulated clock is thread-local; the epoch is global, so that a node may move between threads.
 #[cfg(feature = "simulated-time")]
 fn set_clock(now: Instant) {
     static EPOCH: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();

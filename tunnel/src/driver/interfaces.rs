@@ -1,9 +1,9 @@
 //! The addresses of this host's network interfaces.
 //!
-//! `getifaddrs` is the one call that lists them on Linux and on macOS alike, and no crate that we have wraps it without
-//! more of its own, so this module calls it and is therefore allowed `unsafe`. It is checked by this: the list comes
-//! from the system and is freed once, by a guard; each node is read only while the guard lives; an address is read only
-//! after its family says how long it is, and by value, so that alignment does not matter.
+//! `getifaddrs` is the one call that lists them on both Linux and macOS, and none of our dependencies wraps it, so this
+//! module calls it and needs `unsafe`. Why that is sound: the list comes from the system and is freed once, by a guard;
+//! each node is read only while the guard lives; an address is read only after its family says how long it is, and by
+//! value, so that alignment does not matter.
 
 #![allow(unsafe_code)]
 
@@ -12,8 +12,7 @@ use std::{
     ptr,
 };
 
-/// All addresses of interfaces that are up, in the system's order. An error is an empty list: there is nothing to do
-/// about it.
+/// All addresses of interfaces that are up, in the system's order; empty on an error.
 pub(super) fn addresses() -> Vec<IpAddr> {
     let mut first = ptr::null_mut();
     // SAFETY: the pointer is valid for the call to write to.

@@ -1,4 +1,4 @@
-//! The only part of the tunnel that knows tokio, sockets and the clock.
+//! The only part of the tunnel that uses tokio, sockets and the clock.
 //!
 //! A [`Tunnel`] is one [`Node`] and one TCP stack under one lock, and three kinds of tasks around them:
 //!
@@ -41,23 +41,23 @@ use crate::{
     stream::TunnelStream,
 };
 
-/// Connections and events that wait for the application to ask for them. When it does not, further connections are
-/// refused and further events are lost.
+/// Connections and events that the application has not taken yet. Beyond that, connections are refused and events are
+/// dropped.
 const MAX_WAITING: usize = 256;
 
-/// How long a peer has to complete a handshake that we have accepted.
+/// For a peer to complete a TCP handshake that we have accepted.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Batches of packets made for a peer that is being removed: one reset for each connection that a node may have.
-const FAREWELL_BATCHES: usize = 32;
+/// Batches of packets for a peer that is being removed: enough for a reset of each connection.
+const MAX_FINAL_BATCHES: usize = 32;
 
 /// A node's identity and sockets.
 pub struct Config {
-    /// Its X25519 private key.
+    /// An X25519 key.
     pub private_key: StaticSecret,
-    /// Its address inside the tunnel.
+    /// The node's address inside the tunnel.
     pub address: Ipv6Addr,
-    /// The local addresses to bind UDP sockets to; an empty list is a node that has only its relay.
+    /// The local addresses to bind UDP sockets to; without any, the node uses only the relay.
     pub udp: Vec<SocketAddr>,
 }
 
@@ -67,7 +67,7 @@ pub enum ConnectError {
     /// No peer has that address.
     #[error("no peer has the address {0}")]
     NoPeer(Ipv6Addr),
-    /// Nobody listens there.
+    /// Nothing listens on the port.
     #[error("connection refused")]
     Refused,
     /// No answer in time.
@@ -76,25 +76,25 @@ pub enum ConnectError {
     /// The node has been shut down.
     #[error("the tunnel is closed")]
     Closed,
-    /// Too many connections at once.
+    /// The node has reached its limit of connections.
     #[error("too many connections")]
     TooMany,
 }
 
-/// Events that a node reports by itself.
+/// Events of a node.
 #[derive(Debug, Clone)]
 pub enum TunnelEvent {
-    /// A valid handshake came from a key that is no peer (at most a few per second).
+    /// A valid handshake came from a key that is not a peer's (reported at most a few times per second).
     UnknownPeer(PublicKey),
 }
 
-/// Handle of a running node. Cheap to clone; the node ends with [`Tunnel::shutdown`] or its last handle.
+/// A handle of a running node. Cheap to clone; the node ends with [`Tunnel::shutdown`] or its last handle.
 #[derive(Clone)]
 pub struct Tunnel {
     handle: Arc<Handle>,
 }
 
-/// Connections that peers open to us.
+/// The stream of connections that peers open to this node.
 pub struct Incoming {
     connections: mpsc::Receiver<IncomingConnection>,
 }
@@ -104,7 +104,7 @@ pub struct Events {
     events: mpsc::Receiver<TunnelEvent>,
 }
 
-/// One connection that a peer wants; dropped, it is refused.
+/// A connection that a peer wants to open. Dropping it refuses it.
 pub struct IncomingConnection {
     /// The peer that connects.
     pub peer: PublicKey,
@@ -117,7 +117,7 @@ pub struct IncomingConnection {
     flow: Option<Flow>,
 }
 
-/// What all handles share; the driver ends when it goes.
+/// Shared by all handles; dropping it ends the driver.
 struct Handle {
     shared: Arc<Shared>,
     public_key: PublicKey,
@@ -126,11 +126,11 @@ struct Handle {
     _cancel: DropGuard,
 }
 
-/// What handles, streams, the driver and the relay client share.
+/// Shared by handles, streams, the driver and the relay client.
 pub(crate) struct Shared {
     core: Mutex<Core>,
     wake: Notify,
-    /// Told when the relay queue is no longer empty.
+    /// Notified when the relay queue is no longer empty.
     pub(crate) relay_ready: Notify,
     /// Counts the changes of the host's network.
     pub(crate) network: watch::Sender<u64>,
@@ -146,8 +146,8 @@ pub(crate) struct Core {
     /// The peers by their addresses.
     peers: HashMap<Ipv6Addr, PublicKey>,
     closed: bool,
-    /// Batches that must go out although their peer is removed.
-    last_words: VecDeque<(SocketAddr, usize, Vec<u8>)>,
+    /// Batches to send although their peer was removed.
+    final_batches: VecDeque<(SocketAddr, usize, Vec<u8>)>,
     /// The packet that is just being decrypted.
     packet: Vec<u8>,
 }
@@ -175,7 +175,7 @@ impl Tunnel {
                 relay: RelayQueue::default(),
                 peers: HashMap::new(),
                 closed: false,
-                last_words: VecDeque::new(),
+                final_batches: VecDeque::new(),
                 packet: Vec::new(),
             }),
             wake: Notify::new(),
@@ -210,8 +210,8 @@ impl Tunnel {
         udp::candidates(&self.handle.bound)
     }
 
-    /// Admits a peer, or changes it (new candidates, new pre-shared key). Starts the handshake when `initiate`. A peer
-    /// with the same address and another key is replaced: its connections are reset.
+    /// Adds or updates a peer (new candidates, new pre-shared key). Starts the handshake if `initiate`. A peer with the
+    /// same address and another key is replaced, and its connections are reset.
     pub fn add_peer(&self, peer: PeerConfig, initiate: bool) {
         let now = Instant::now();
         let mut core = self.shared().lock();
@@ -238,13 +238,13 @@ impl Tunnel {
         if let Some(address) = core.address_of(key) {
             core.netstack.reset(Some(address));
             core.netstack.set_blocked(address, false);
-            // The resets are encrypted while there is still a session, and taken out before the node forgets the peer.
-            for _ in 0..FAREWELL_BATCHES {
+            // Encrypt the resets while there is still a session, and take them out before the node removes the peer.
+            for _ in 0..MAX_FINAL_BATCHES {
                 if !core.advance(now) {
                     break;
                 }
             }
-            core.take_last_words();
+            core.take_final_batches();
             core.peers.remove(&address);
         }
         core.node.remove_peer(now, key);
@@ -263,11 +263,7 @@ impl Tunnel {
         self.shared().lock().node.counters()
     }
 
-    /// Opens a connection to a peer's port. Dropping the future gives it up.
-    ///
-    /// # Errors
-    ///
-    /// As [`ConnectError`] says; gives up after `timeout`.
+    /// Opens a connection to a peer's port. Dropping the future cancels it.
     pub async fn connect(&self, address: Ipv6Addr, port: u16, timeout: Duration) -> Result<TunnelStream, ConnectError> {
         let shared = self.shared();
         let id = {
@@ -290,18 +286,18 @@ impl Tunnel {
         }
     }
 
-    /// Keeps a relay connection up, with back-off and jitter, until the node is shut down. One at a time.
+    /// Maintains a relay connection, with backoff and jitter, until the node is shut down. Must run only once at a time.
     pub async fn run_relay(&self, connector: impl RelayConnector) {
         client::run(self.shared(), connector).await;
     }
 
-    /// The host's network changed or it slept: probes every path again, connects to the relay anew, and sends again at
-    /// once what waits for an answer.
+    /// To be called when the host's network has changed or it has slept: probes every path, reconnects to the relay, and
+    /// retransmits at once what is not acknowledged.
     pub fn network_changed(&self) {
         let now = Instant::now();
         let mut core = self.shared().lock();
         core.node.network_changed(now);
-        core.netstack.hurry(now, None);
+        core.netstack.retransmit_now(now, None);
         drop(core);
         self.shared().network.send_modify(|changes| *changes += 1);
         self.shared().wake();
@@ -335,11 +331,7 @@ impl Events {
 }
 
 impl IncomingConnection {
-    /// Completes the handshake.
-    ///
-    /// # Errors
-    ///
-    /// When the peer has given up, the node has ended, or it has too many connections.
+    /// Completes the TCP handshake. Fails if the peer has given up, the node has ended, or there are too many connections.
     pub async fn accept(mut self) -> io::Result<TunnelStream> {
         let gone = || io::Error::from(io::ErrorKind::ConnectionAborted);
         let flow = self.flow.take().ok_or_else(gone)?;
@@ -377,19 +369,18 @@ impl fmt::Debug for IncomingConnection {
 }
 
 impl Shared {
-    /// The state machines. A panic of another task does not spread: they are consistent between any two calls.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock()
     }
 
-    /// Makes the driver look for work.
+    /// Wakes the driver.
     pub(crate) fn wake(&self) {
         self.wake.notify_one();
     }
 }
 
 impl Core {
-    /// Takes in one datagram and whatever packets it holds.
+    /// Processes one datagram and the packets in it.
     pub(crate) fn handle_datagram(
         &mut self,
         now: Instant,
@@ -411,6 +402,8 @@ impl Core {
 
 fn random_seed() -> io::Result<u64> {
     let mut seed = [0; 8];
-    SystemRandom::new().fill(&mut seed).map_err(|_| io::Error::other("the system has no random numbers"))?;
+    SystemRandom::new()
+        .fill(&mut seed)
+        .map_err(|_| io::Error::other("the operating system provides no random bytes"))?;
     Ok(u64::from_ne_bytes(seed))
 }

@@ -12,13 +12,13 @@ use super::{
 };
 use crate::{node::NodeEvent, path::PathKind};
 
-/// Packets that are made and encrypted while the lock is held once: about 100 µs of work.
+/// Packets built and encrypted per lock acquisition: about 100 µs of work.
 const BATCH: usize = 64;
 
-/// Batches received and batches sent before it is the other's turn, so that acknowledgements are neither late nor many.
+/// Batches received before sending and vice versa, so that acknowledgements are neither late nor too many.
 const TURN: usize = 8;
 
-/// Turns before other tasks of the runtime get theirs.
+/// Turns before yielding to other tasks of the runtime.
 const TURNS: usize = 16;
 
 /// The task that owns the sockets.
@@ -28,13 +28,13 @@ pub(super) struct Driver {
     connections: mpsc::Sender<IncomingConnection>,
     events: mpsc::Sender<TunnelEvent>,
     batch: Vec<u8>,
-    /// What a full socket has left in `batch`: where to, segment size, and from which byte on.
+    /// What a full socket did not take of `batch`: destination, segment size, and offset.
     unsent: Option<(SocketAddr, usize, usize)>,
 }
 
-/// What a turn has left to do.
+/// What to do after a turn.
 enum Next {
-    /// More of the same.
+    /// Continue.
     Work,
     /// Nothing until something happens, or until this moment.
     Wait(Option<Instant>),
@@ -94,10 +94,10 @@ impl Driver {
         Next::Work
     }
 
-    /// Takes in what has arrived; says whether there may be more.
+    /// Receives what has arrived; returns whether there may be more.
     fn receive(&mut self) -> bool {
         for _ in 0..TURN {
-            // Taken after the system call, with the first datagram.
+            // Locked only after the system call, with the first datagram.
             let mut core: Option<MutexGuard<'_, Core>> = None;
             let now = Instant::now();
             let shared = &self.shared;
@@ -140,7 +140,7 @@ impl Driver {
         let mut core = self.shared.lock();
         let mut relayed = !core.relay.is_empty();
         let step = loop {
-            if let Some((remote, segment, batch)) = core.last_words.pop_front() {
+            if let Some((remote, segment, batch)) = core.final_batches.pop_front() {
                 self.batch = batch;
                 break Step::Send(remote, segment);
             }
@@ -176,9 +176,9 @@ impl Driver {
                 shared: Arc::clone(&self.shared),
                 flow: Some(flow),
             };
-            // Nobody asks for connections, or too slowly: dropped, it is refused.
+            // The application does not accept, or too slowly. Dropping the connection refuses it.
             if self.connections.try_send(connection).is_err() {
-                debug!(port = flow.local_port, "an incoming connection has nobody to take it");
+                debug!(port = flow.local_port, "refusing a connection that the application does not accept");
             }
         }
         step
@@ -186,13 +186,13 @@ impl Driver {
 }
 
 impl Core {
-    /// Makes and encrypts the packets that are due; says whether there were any.
+    /// Builds and encrypts the packets that are due; returns whether there were any.
     pub(super) fn advance(&mut self, now: Instant) -> bool {
         let is_due = |core: &Self| core.node.poll_timeout().is_some_and(|at| at <= now);
         let mut any = false;
         if is_due(self) {
             self.node.handle_timeout(now);
-            // Still due: another turn will see to it, not an endless one.
+            // Still due: leave it to another turn instead of looping endlessly.
             any = !is_due(self);
         }
         self.netstack.poll(now, BATCH);
@@ -203,13 +203,13 @@ impl Core {
         any
     }
 
-    /// Takes out everything that waits to be sent.
-    pub(super) fn take_last_words(&mut self) {
+    /// Moves everything that is ready to be sent to `final_batches`.
+    pub(super) fn take_final_batches(&mut self) {
         let mut batch = Vec::new();
         while let Some(transmit) = self.node.poll_transmit(&mut batch) {
             match transmit.path {
                 PathKind::Direct(remote) => {
-                    self.last_words.push_back((remote, transmit.segment_size, std::mem::take(&mut batch)));
+                    self.final_batches.push_back((remote, transmit.segment_size, std::mem::take(&mut batch)));
                 }
                 PathKind::Relay => self.push_relay(&transmit.peer, transmit.segment_size, &batch),
             }
@@ -220,7 +220,7 @@ impl Core {
         [self.node.poll_timeout(), self.netstack.poll_timeout()].into_iter().flatten().min()
     }
 
-    /// Puts a batch into the relay's queue; when that is full, the TCP connections to the peer wait.
+    /// Queues a batch for the relay; if the queue is full, pauses the TCP connections to the peer.
     fn push_relay(&mut self, peer: &x25519_dalek::PublicKey, segment: usize, batch: &[u8]) {
         self.relay.push(peer, segment, batch);
         if self.relay.is_full()
@@ -235,23 +235,23 @@ impl Core {
 fn handle_event(core: &mut Core, now: Instant, event: NodeEvent, events: &mpsc::Sender<TunnelEvent>) {
     match event {
         NodeEvent::UnknownPeer(key) => {
-            // When nobody listens the peer tries again, and so does this.
+            // If the channel is full the event is dropped; the peer's next attempt makes another.
             _ = events.try_send(TunnelEvent::UnknownPeer(key));
         }
         NodeEvent::SessionEstablished(key) => {
             let address = core.address_of(&key);
             if address.is_some() {
-                core.netstack.hurry(now, address);
+                core.netstack.retransmit_now(now, address);
             }
         }
         NodeEvent::PathChanged { peer, path } => {
             let address = core.address_of(&peer);
             info!(address = ?address, path = ?path, "the path to a peer changed");
             if address.is_some() && path.is_some() {
-                core.netstack.hurry(now, address);
+                core.netstack.retransmit_now(now, address);
             }
         }
-        // `add_peer` has seen to its connections.
+        // `add_peer` has reset its connections.
         NodeEvent::PeerReplaced { .. } => {}
     }
 }

@@ -15,33 +15,32 @@ use tracing::{debug, warn};
 
 use super::interfaces;
 
-/// Set to anything but `0`, this environment variable switches UDP segmentation offload off.
+/// An environment variable that turns off UDP segmentation offload, unless it is `0`.
 pub const NO_GSO: &str = "LOOM_NO_GSO";
 
-/// Socket buffers asked for, in bytes: what a gigabit brings while a busy machine does not let us run for 16 ms. The
-/// system may give less.
+/// The requested size of socket buffers, in bytes: 16 ms of a gigabit, while a busy machine does not schedule us. The
+/// system may grant less.
 const SOCKET_BUFFER: usize = 2 << 20;
 
-/// Receive buffers, and the bytes of each: the longest train of datagrams that the kernel hands over at once. Memory
-/// that no train has filled costs nothing.
+/// Receive buffers, and their size in bytes: the longest train of datagrams that the kernel delivers at once. Untouched
+/// memory costs nothing.
 const RECEIVE_BUFFERS: usize = 8;
 const RECEIVE_BUFFER: usize = 64 << 10;
 
-/// The most that one send may carry, in bytes (RFC 768: 16-bit length, minus headers) and segments
-/// (`UDP_MAX_SEGMENTS`).
+/// In one send: bytes (RFC 768: 16-bit length, minus headers) and segments (`UDP_MAX_SEGMENTS`).
 const MAX_TRAIN: usize = 65_000;
 
-/// Remote addresses of which the local socket is remembered.
+/// Remote addresses whose local socket is remembered.
 const MAX_ROUTES: usize = 1024;
 
 /// All UDP sockets of a node.
 pub(super) struct UdpSockets {
     sockets: Vec<Socket>,
     gso: bool,
-    /// By which socket a remote address talks to us: behind a NAT it takes answers from no other.
+    /// Which socket a remote address talks to: behind a NAT it only accepts answers from that.
     routes: HashMap<SocketAddr, usize>,
     memory: Vec<u8>,
-    /// Where receiving begins next, so that no socket starves another.
+    /// The socket to receive from next, so that none starves another.
     next: usize,
 }
 
@@ -51,10 +50,10 @@ struct Socket {
     local: SocketAddr,
 }
 
-/// What became of a send.
+/// The result of a send.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Sent {
-    /// Done, or never possible: in both cases there is nothing to repeat.
+    /// Sent, or failed for good: there is nothing to repeat.
     Done,
     /// The socket's buffer is full from this byte on.
     Full(usize),
@@ -108,8 +107,8 @@ impl UdpSockets {
         Poll::Ready(())
     }
 
-    /// Receives one batch from the next socket that has one; hands each datagram over with its sender. Says whether
-    /// there was anything.
+    /// Receives one batch from the next socket that has one, and passes each datagram with its sender to `take`. Returns
+    /// whether there was any.
     pub(super) fn receive(&mut self, take: &mut dyn FnMut(SocketAddr, &mut [u8])) -> bool {
         for turn in 0..self.sockets.len() {
             let index = (self.next + turn) % self.sockets.len();
@@ -144,8 +143,8 @@ impl UdpSockets {
         false
     }
 
-    /// Sends `contents` as datagrams of `segment` bytes, the last perhaps shorter. What cannot be sent is lost, as UDP
-    /// may.
+    /// Sends `contents` as datagrams of `segment` bytes, the last of which may be shorter. Datagrams that cannot be sent
+    /// are lost, as is normal for UDP.
     pub(super) fn send(&self, remote: SocketAddr, segment: usize, contents: &[u8]) -> Sent {
         let Some(index) = self.route(remote) else { return Sent::Done };
         let socket = &self.sockets[index];
@@ -157,7 +156,7 @@ impl UdpSockets {
             match socket.send(remote, segment, &contents[start..end]) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Sent::Full(start),
-                // Offload has just been found not to work and is off from now on: the same again, one by one.
+                // Offload has just turned out not to work and is now off: send one by one.
                 Err(_) if segments > 1 && socket.state.max_gso_segments() == 1 => continue,
                 Err(error) => debug!(%remote, %error, "sending failed"),
             }
@@ -192,7 +191,7 @@ impl Socket {
         std.set_nonblocking(true)?;
         let local = std.local_addr()?;
         let state = UdpSocketState::new((&std).into())?;
-        // Smaller buffers work too, only not as fast.
+        // Smaller buffers work too, but more slowly.
         _ = state.set_recv_buffer_size((&std).into(), SOCKET_BUFFER);
         _ = state.set_send_buffer_size((&std).into(), SOCKET_BUFFER);
         Ok(Self { io: UdpSocket::from_std(std)?, state, local })
@@ -221,8 +220,8 @@ fn remember(routes: &mut HashMap<SocketAddr, usize>, remote: SocketAddr, index: 
     routes.insert(remote, index);
 }
 
-/// The addresses at which sockets bound to `bound` can perhaps be reached: a wildcard stands for every address of this
-/// host. Link-local ones are left out, since they mean nothing elsewhere; loopback ones come last.
+/// The addresses at which sockets bound to `bound` may be reachable; a wildcard stands for every address of this host.
+/// Leaves out link-local addresses, which mean nothing elsewhere; loopback addresses come last.
 pub(super) fn candidates(bound: &[SocketAddr]) -> Vec<SocketAddr> {
     let interfaces = interfaces::addresses();
     let mut candidates: Vec<SocketAddr> = Vec::new();

@@ -1,4 +1,4 @@
-//! One local port carried to one port of a peer (`loom tunnel up -L`, and a weaver's own ports).
+//! Forwards one local port to one port of a peer.
 
 use std::net::Ipv6Addr;
 
@@ -6,11 +6,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{CONNECT_TIMEOUT, carry, reset, serve};
+use super::{CONNECT_TIMEOUT, forward_connection, reset, serve};
 use crate::Tunnel;
 
-/// Serves one local listener: each connection is carried to `port` of the peer at `address`. Ends with `cancel`, and
-/// its connections with it.
+/// Forwards each connection of a local listener to `port` of the peer at `address`. `cancel` ends it and its
+/// connections.
 pub async fn serve_local(
     listener: TcpListener,
     tunnel: Tunnel,
@@ -22,7 +22,7 @@ pub async fn serve_local(
         let tunnel = tunnel.clone();
         async move {
             match tunnel.connect(address, port, CONNECT_TIMEOUT).await {
-                Ok(remote) => carry(local, remote).await,
+                Ok(remote) => forward_connection(local, remote).await,
                 Err(error) => {
                     debug!(%address, port, %error, "cannot forward a connection");
                     reset(&local);

@@ -1,8 +1,8 @@
 //! Streams between local sockets and the tunnel.
 //!
-//! [`serve_local`] carries one local port to one port of a peer, [`serve_socks`] any port of any peer by the client's
-//! choice. Each owns its connections and ends them with itself; each has a limit, beyond which new clients wait to be
-//! accepted. What happens to one connection never ends the forward.
+//! [`serve_local`] forwards one local port to one port of a peer, [`serve_socks`] to any port of any peer, as the client
+//! chooses. Each owns its connections and ends them when it ends; each has a limit, beyond which new clients wait to be
+//! accepted. No failure of a connection ends the forward.
 
 mod local;
 mod socks;
@@ -19,21 +19,17 @@ use tracing::{debug, warn};
 
 pub use self::{local::serve_local, socks::serve_socks};
 
-/// Connections that one forward carries at once.
+/// Concurrent connections of one forward.
 const MAX_CONNECTIONS: usize = 512;
 
-/// How long a peer has to answer a connection.
+/// For a peer to answer a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Bytes copied at once in each direction.
+/// In bytes, for each direction.
 const COPY_BUFFER: usize = 64 << 10;
 
-/// Copies both ways until both are done; each side's end is passed on by itself (half-close). Returns the bytes copied
+/// Copies in both directions until both have ended; forwards each end separately (half-close). Returns the bytes copied
 /// from `a` to `b` and from `b` to `a`.
-///
-/// # Errors
-///
-/// The first error of either side.
 pub async fn splice(
     mut a: impl AsyncRead + AsyncWrite + Unpin,
     mut b: impl AsyncRead + AsyncWrite + Unpin,
@@ -41,9 +37,9 @@ pub async fn splice(
     tokio::io::copy_bidirectional_with_sizes(&mut a, &mut b, COPY_BUFFER, COPY_BUFFER).await
 }
 
-/// Carries a local connection to its end; a failure on one side becomes a reset on the other, since a clean end would
-/// pass for the whole of the data.
-async fn carry(mut local: TcpStream, remote: impl AsyncRead + AsyncWrite + Unpin) {
+/// Forwards a local connection until it ends. A failure on one side resets the other: a clean close would look like the
+/// end of the data.
+async fn forward_connection(mut local: TcpStream, remote: impl AsyncRead + AsyncWrite + Unpin) {
     if let Err(error) = splice(&mut local, remote).await {
         debug!(%error, "a forwarded connection broke");
         reset(&local);
@@ -57,8 +53,7 @@ fn reset(local: &TcpStream) {
     }
 }
 
-/// Accepts connections and serves each in a task of its own, at most [`MAX_CONNECTIONS`] at once, until `cancel`; then
-/// all of them end.
+/// Accepts connections and serves each in a task, at most [`MAX_CONNECTIONS`] at once, until `cancel`; then all end.
 async fn serve<F>(listener: TcpListener, cancel: CancellationToken, handle: impl Fn(TcpStream) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
@@ -81,8 +76,8 @@ where
                 connections.spawn(handle(stream));
             }
             Err(error) => {
-                // Out of descriptors, or the client is gone already: neither ends the forward. The pause keeps the
-                // former from becoming a busy loop.
+                // Out of file descriptors, or the client is gone already; neither ends the forward. The pause prevents a busy
+                // loop.
                 warn!(%error, "cannot accept a connection to forward");
                 tokio::select! {
                     () = cancel.cancelled() => break,

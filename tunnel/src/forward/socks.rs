@@ -1,8 +1,8 @@
 //! SOCKS5 (RFC 1928): a client names a weaver and a port with each connection.
 //!
 //! Only CONNECT, only without authentication (RFC 1928 §3, method 0): the listener is on loopback. Addresses are names
-//! that the caller resolves and IPv6 addresses inside the tunnel; a client should therefore leave the resolving to us
-//! (`socks5h` in curl's words).
+//! that the caller resolves, or IPv6 addresses inside the tunnel; so clients should leave name resolution to us
+//! (`socks5h` in curl).
 
 use std::{io, net::Ipv6Addr, sync::Arc, time::Duration};
 
@@ -13,10 +13,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{CONNECT_TIMEOUT, carry, serve};
+use super::{CONNECT_TIMEOUT, forward_connection, serve};
 use crate::{ConnectError, Tunnel};
 
-/// How long a client may take for the whole SOCKS handshake.
+/// For the whole SOCKS handshake.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
 const VERSION: u8 = 5;
@@ -24,7 +24,7 @@ const NO_AUTHENTICATION: u8 = 0;
 const NO_METHOD: u8 = 0xff;
 const CONNECT: u8 = 1;
 
-/// What a client can ask for an address in (RFC 1928 §5).
+/// Address types (RFC 1928 §5).
 mod address_type {
     pub(super) const IPV4: u8 = 1;
     pub(super) const NAME: u8 = 3;
@@ -43,8 +43,8 @@ enum Reply {
     AddressTypeNotSupported = 8,
 }
 
-/// Serves SOCKS5 (RFC 1928, CONNECT, no authentication): `resolve` turns a name such as `ID.loom` into a tunnel
-/// address. Ends with `cancel`, and its connections with it.
+/// Serves SOCKS5 (RFC 1928, CONNECT, no authentication). `resolve` turns a name such as `ID.loom` into a tunnel address.
+/// `cancel` ends it and its connections.
 pub async fn serve_socks(
     listener: TcpListener,
     tunnel: Tunnel,
@@ -76,7 +76,7 @@ async fn serve_client(
     match tunnel.connect(address, port, CONNECT_TIMEOUT).await {
         Ok(remote) => {
             answer(&mut local, Reply::Succeeded).await?;
-            carry(local, remote).await;
+            forward_connection(local, remote).await;
             Ok(())
         }
         Err(error) => {
@@ -86,8 +86,8 @@ async fn serve_client(
     }
 }
 
-/// Reads the greeting and the request (RFC 1928 §3 and §4): at most 259 + 262 bytes. The inner error is the answer that
-/// the client gets.
+/// Reads the greeting and the request (RFC 1928 §3 and §4), at most 259 + 262 bytes. The inner error is the reply for
+/// the client.
 async fn read_request(
     local: &mut TcpStream,
     resolve: &(dyn Fn(&str) -> Option<Ipv6Addr> + Send + Sync),
@@ -100,7 +100,7 @@ async fn read_request(
     local.read_exact(&mut buffer[..methods]).await?;
     if !buffer[..methods].contains(&NO_AUTHENTICATION) {
         local.write_all(&[VERSION, NO_METHOD]).await?;
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the SOCKS client insists on authentication"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the SOCKS client requires authentication"));
     }
     local.write_all(&[VERSION, NO_AUTHENTICATION]).await?;
 
@@ -125,7 +125,7 @@ async fn read_request(
             local.read_exact(&mut buffer[..4]).await?;
             Err(Reply::AddressTypeNotSupported)
         }
-        // How long the address is cannot be known, so neither can the port be read.
+        // The address's length is unknown, so the port cannot be read.
         _ => return Ok(Err(Reply::AddressTypeNotSupported)),
     };
     let port = local.read_u16().await?;
@@ -135,7 +135,7 @@ async fn read_request(
     Ok(address.map(|address| (address, port)))
 }
 
-/// Some clients write an address where a name belongs.
+/// Resolves a name; some clients send an address as a name.
 fn find(name: &[u8], resolve: &(dyn Fn(&str) -> Option<Ipv6Addr> + Send + Sync)) -> Option<Ipv6Addr> {
     let name = std::str::from_utf8(name).ok()?;
     let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
@@ -150,7 +150,7 @@ fn reply_to(error: &ConnectError) -> Reply {
     }
 }
 
-/// Answers the request (RFC 1928 §6). The bound address means nothing outside the tunnel and is left unspecified.
+/// Sends the reply (RFC 1928 §6). The bound address has no meaning outside the tunnel and is left unspecified.
 async fn answer(local: &mut TcpStream, reply: Reply) -> io::Result<()> {
     let mut message = [0; 22];
     message[..4].copy_from_slice(&[VERSION, reply as u8, 0, address_type::IPV6]);

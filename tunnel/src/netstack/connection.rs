@@ -1,4 +1,4 @@
-//! One TCP connection: a smoltcp socket, the clock it sees, and how it ended.
+//! A TCP connection: a smoltcp socket, the connection's clock, and how it ended.
 
 use std::time::{Duration, Instant};
 
@@ -9,39 +9,39 @@ use smoltcp::{
 };
 
 use super::{
-    device::{Outbox, Port},
+    device::{PacketBuffer, Port},
     segment::{Flow, Segment},
 };
 
-/// Silence after which the peer is asked whether it still lives.
-const KEEP_ALIVE: time::Duration = time::Duration::from_secs(45);
+/// A silent peer is probed this often.
+const KEEPALIVE_INTERVAL: time::Duration = time::Duration::from_secs(45);
 
-/// Silence after which a connection is given up. Long, because a laptop that sleeps must find its sessions again; a
-/// peer that is known to be gone is removed, and that ends its connections at once.
-const DEAD_AFTER: time::Duration = time::Duration::from_secs(2 * 60 * 60);
+/// A connection whose peer is silent for this long is closed. Long, so that sessions survive a laptop's sleep; when a
+/// peer is known to be gone it is removed, which resets its connections at once.
+const PEER_TIMEOUT: time::Duration = time::Duration::from_secs(2 * 60 * 60);
 
-/// How long an answer waits for data to travel with.
+/// How long an acknowledgement waits to be sent with data.
 const ACK_DELAY: time::Duration = time::Duration::from_millis(10);
 
-/// How long a connection that the application has let go of may take to deliver what was written.
+/// How long a connection that the application has dropped may take to deliver its data.
 const LINGER: Duration = Duration::from_secs(60);
 
-/// How far the clock of a connection in TIME-WAIT goes on: long enough for a last delayed answer, too short for smoltcp
-/// to end the state, which would throw away what the application has not yet read.
+/// How far the clock of a connection in TIME-WAIT may advance: enough for a last delayed acknowledgement, but not for
+/// smoltcp to leave the state, which would discard data that the application has not read yet.
 const TIME_WAIT_CLOCK: time::Duration = time::Duration::from_secs(1);
 
-/// How a connection ended.
+/// Why a connection was closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
-    /// Both directions were finished.
+pub(super) enum CloseReason {
+    /// Both sides have finished their direction.
     Finished,
-    /// The peer reset it, or it was reset here.
+    /// Reset by the peer or by us.
     Reset,
     /// The peer did not answer for too long.
     TimedOut,
 }
 
-/// The translation between the system's clock and smoltcp's.
+/// Converts the system's clock to smoltcp's.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Clock {
     epoch: Instant,
@@ -52,47 +52,48 @@ impl Clock {
         Self { epoch }
     }
 
-    /// Begins at one second, since smoltcp means "at once" by zero.
+    /// Starts at one second, because zero means "at once" to smoltcp.
     pub(super) fn at(&self, now: Instant) -> time::Instant {
         let micros = now.saturating_duration_since(self.epoch).as_micros();
         time::Instant::from_micros(i64::try_from(micros).unwrap_or(i64::MAX / 2)) + time::Duration::from_secs(1)
     }
 }
 
-/// One connection. It has a socket set of its own, so that a packet costs the same however many connections there are.
+/// A connection. Each has a socket set of its own, so that the cost of a packet does not depend on the number of
+/// connections.
 pub(super) struct Connection {
     pub(super) flow: Flow,
     sockets: SocketSet<'static>,
     handle: SocketHandle,
-    /// Bytes of each of its two buffers.
+    /// The size of each of the two buffers, in bytes.
     pub(super) buffer: usize,
     /// How far the connection's clock is ahead of the node's.
     skew: time::Duration,
     /// Where the clock of a connection in TIME-WAIT stops; see [`TIME_WAIT_CLOCK`].
     frozen: Option<time::Instant>,
     last_heard: Instant,
-    end: Option<End>,
-    /// When the application dropped its end.
+    end: Option<CloseReason>,
+    /// When the application dropped the stream.
     released: Option<Instant>,
-    /// The last answer of a connection in TIME-WAIT.
-    farewell: Option<Vec<u8>>,
-    /// Whether it stands in the queue of those with something to do.
+    /// The last acknowledgement sent in TIME-WAIT.
+    time_wait_reply: Option<Vec<u8>>,
+    /// Whether it is in the queue of connections with work to do.
     pub(super) queued: bool,
-    /// The timer that is set for it.
+    /// When its timer is set to.
     pub(super) armed: Option<Instant>,
 }
 
 impl Connection {
     /// A closed connection with two buffers of `buffer` bytes.
     pub(super) fn new(flow: Flow, buffer: usize, now: Instant) -> Self {
-        // Zeroed memory that was never touched costs no memory: an idle connection is small whatever its window.
+        // Zeroed pages that were never touched cost no memory, so an idle connection is small whatever its window.
         let mut socket =
             tcp::Socket::new(tcp::SocketBuffer::new(vec![0; buffer]), tcp::SocketBuffer::new(vec![0; buffer]));
         socket.set_congestion_control(CongestionControl::Cubic);
         socket.set_nagle_enabled(false);
         socket.set_ack_delay(Some(ACK_DELAY));
-        socket.set_keep_alive(Some(KEEP_ALIVE));
-        socket.set_timeout(Some(DEAD_AFTER));
+        socket.set_keep_alive(Some(KEEPALIVE_INTERVAL));
+        socket.set_timeout(Some(PEER_TIMEOUT));
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
         Self {
@@ -105,7 +106,7 @@ impl Connection {
             last_heard: now,
             end: None,
             released: None,
-            farewell: None,
+            time_wait_reply: None,
             queued: false,
             armed: None,
         }
@@ -119,43 +120,43 @@ impl Connection {
         self.sockets.get::<tcp::Socket<'_>>(self.handle).state()
     }
 
-    pub(super) fn end(&self) -> Option<End> {
+    pub(super) fn end(&self) -> Option<CloseReason> {
         self.end
     }
 
-    /// What the connection takes the time to be.
+    /// The time on the connection's clock.
     fn time(&self, clock: Clock, now: Instant) -> time::Instant {
         let time = clock.at(now) + self.skew;
         self.frozen.map_or(time, |frozen| time.min(frozen))
     }
 
-    /// Takes in one segment.
+    /// Processes one segment.
     pub(super) fn receive(
         &mut self,
         interface: &mut Interface,
         clock: Clock,
         now: Instant,
         packet: &[u8],
-        out: &mut Outbox,
+        out: &mut PacketBuffer,
     ) {
         let (time, before) = (self.time(clock, now), self.state());
         interface.poll_ingress_single(time, &mut Port { incoming: Some(packet), out }, &mut self.sockets);
         self.last_heard = now;
         let reset = Segment::resets_packet(packet);
-        self.note(time, before, if reset { End::Reset } else { End::Finished });
+        self.note(time, before, if reset { CloseReason::Reset } else { CloseReason::Finished });
         if self.released.is_some() && self.socket().recv_queue() > 0 {
-            // Nobody is left to read it: the peer must know.
+            // Nothing will read the data, and the peer must know.
             self.abort();
         }
     }
 
-    /// Sends at most `quantum` packets; says whether there may be more.
+    /// Sends at most `quantum` packets; returns whether there may be more.
     pub(super) fn transmit(
         &mut self,
         interface: &mut Interface,
         clock: Clock,
         now: Instant,
-        out: &mut Outbox,
+        out: &mut PacketBuffer,
         quantum: usize,
     ) -> bool {
         if self.released.is_some_and(|at| now >= at + LINGER) {
@@ -165,18 +166,18 @@ impl Connection {
         for _ in 0..quantum {
             let before = self.state();
             let sent = interface.poll_egress(time, &mut Port { incoming: None, out }, &mut self.sockets);
-            self.note(time, before, End::TimedOut);
+            self.note(time, before, CloseReason::TimedOut);
             if sent == PollResult::None {
                 return false;
             }
             if self.state() == State::TimeWait {
-                self.farewell = out.last().map(<[u8]>::to_vec);
+                self.time_wait_reply = out.last().map(<[u8]>::to_vec);
             }
         }
         true
     }
 
-    /// When it must be served again though nothing happens.
+    /// When it must be served again if nothing else happens.
     pub(super) fn deadline(&mut self, interface: &mut Interface, clock: Clock, now: Instant) -> Option<Instant> {
         let time = self.time(clock, now);
         let timer = match self.frozen {
@@ -193,9 +194,9 @@ impl Connection {
         interface.poll_at(time, &self.sockets).is_some_and(|at| at <= time)
     }
 
-    /// Sends what waits for an answer at once instead of at the next retransmission, which after a long outage may be a
-    /// minute away: its clock jumps to that moment. Only if the peer has been silent, else there is no reason to.
-    pub(super) fn hurry(&mut self, interface: &mut Interface, clock: Clock, now: Instant) -> bool {
+    /// Retransmits unacknowledged data now instead of at the next timeout, which after a long outage may be a minute away:
+    /// advances the connection's clock to that time. Does nothing unless the peer has been silent.
+    pub(super) fn retransmit_now(&mut self, interface: &mut Interface, clock: Clock, now: Instant) -> bool {
         let unanswered = self.state() == State::SynSent || self.socket().send_queue() > 0;
         if !unanswered || now.saturating_duration_since(self.last_heard) < Duration::from_secs(1) {
             return false;
@@ -211,12 +212,13 @@ impl Connection {
     /// Resets the connection.
     pub(super) fn abort(&mut self) {
         if self.end.is_none() {
-            self.end = Some(End::Reset);
+            self.end = Some(CloseReason::Reset);
         }
         self.socket().abort();
     }
 
-    /// The application lets go: what was written and finished is still delivered, anything else is reset.
+    /// The application has dropped the stream. If it had finished its direction the data is still delivered; otherwise the
+    /// connection is reset.
     pub(super) fn release(&mut self, now: Instant) {
         self.released = Some(now);
         let unread = self.socket().recv_queue() > 0;
@@ -227,7 +229,7 @@ impl Connection {
         }
     }
 
-    /// Whether nothing is left to be done for it; with what must still be repeated should the peer ask.
+    /// Whether the connection can be removed.
     pub(super) fn is_over(&self) -> bool {
         let socket: &tcp::Socket<'_> = self.sockets.get(self.handle);
         self.released.is_some()
@@ -239,24 +241,24 @@ impl Connection {
             }
     }
 
-    /// The answer that a peer in LAST-ACK must get if it asks again (RFC 9293 §3.10.7.4, TIME-WAIT).
-    pub(super) fn farewell(&mut self) -> Option<Vec<u8>> {
-        self.farewell.take()
+    /// The acknowledgement to repeat if a peer in LAST-ACK retransmits its FIN (RFC 9293 §3.10.7.4, TIME-WAIT).
+    pub(super) fn time_wait_reply(&mut self) -> Option<Vec<u8>> {
+        self.time_wait_reply.take()
     }
 
-    /// Notices what a call into smoltcp has changed; `cause` is what it means if the connection is closed now.
-    fn note(&mut self, time: time::Instant, before: State, cause: End) {
+    /// Checks what a call into smoltcp has changed; `cause` is the reason if the connection is closed now.
+    fn note(&mut self, time: time::Instant, before: State, cause: CloseReason) {
         let after = self.state();
         if after == before {
             return;
         }
         match after {
             State::TimeWait => self.frozen = Some(time + TIME_WAIT_CLOCK),
-            // A passive opening that the peer resets goes back to LISTEN: for us it is over.
+            // When the peer resets a passive open, smoltcp returns to LISTEN; for us the connection is over.
             State::Closed | State::Listen if self.end.is_none() => {
-                let finished = cause == End::Finished && before == State::LastAck;
+                let finished = cause == CloseReason::Finished && before == State::LastAck;
                 self.end = Some(match cause {
-                    End::Finished if !finished => End::Reset,
+                    CloseReason::Finished if !finished => CloseReason::Reset,
                     cause => cause,
                 });
             }

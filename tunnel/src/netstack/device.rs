@@ -1,4 +1,4 @@
-//! Where smoltcp meets the tunnel: one packet in by reference, any number of packets out into one buffer.
+//! The network device for smoltcp: one packet in by reference, any number of packets out into one buffer.
 //!
 //! There is no segmentation offload: smoltcp 0.14 drops an IPv6 packet longer than the MTU even when the device offers
 //! to split it.
@@ -8,35 +8,34 @@ use smoltcp::{
     time::Instant,
 };
 
-/// The MTU inside the tunnel, in bytes: the least that IPv6 allows (RFC 8200 §5), so that it passes everywhere.
+/// The MTU inside the tunnel, in bytes: the minimum of IPv6 (RFC 8200 §5), so that it passes everywhere.
 const MTU: usize = 1280;
 
-/// Packets on their way out, one behind the other in one allocation.
+/// Outgoing packets, one after the other in one allocation.
 #[derive(Default)]
-pub(super) struct Outbox {
+pub(super) struct PacketBuffer {
     bytes: Vec<u8>,
     ends: Vec<usize>,
 }
 
-impl Outbox {
-    /// How many packets wait.
+impl PacketBuffer {
     pub(super) fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// The packet that was put in last.
+    /// The newest packet.
     pub(super) fn last(&self) -> Option<&[u8]> {
         let start = self.ends.len().checked_sub(2).map_or(0, |before| self.ends[before]);
         self.ends.last().map(|&end| &self.bytes[start..end])
     }
 
-    /// Puts in a packet that is already made.
+    /// Appends a complete packet.
     pub(super) fn push(&mut self, packet: &[u8]) {
         self.bytes.extend_from_slice(packet);
         self.ends.push(self.bytes.len());
     }
 
-    /// Hands over all packets, oldest first, and keeps the memory for the next ones.
+    /// Passes all packets to `take`, oldest first, and keeps the memory for later ones.
     pub(super) fn drain(&mut self, mut take: impl FnMut(&[u8])) {
         let mut start = 0;
         for &end in &self.ends {
@@ -48,12 +47,12 @@ impl Outbox {
     }
 }
 
-/// The network device of one call into smoltcp: at most one packet to receive, and the outbox.
+/// The network device of one call into smoltcp: at most one packet to receive, and the buffer for those to send.
 pub(super) struct Port<'p> {
     /// The packet to receive.
     pub(super) incoming: Option<&'p [u8]>,
     /// Where packets are sent.
-    pub(super) out: &'p mut Outbox,
+    pub(super) out: &'p mut PacketBuffer,
 }
 
 impl Device for Port<'_> {
@@ -94,7 +93,7 @@ impl RxToken for Received<'_> {
 }
 
 /// Room for one packet that smoltcp is about to write.
-pub(super) struct Sender<'a>(&'a mut Outbox);
+pub(super) struct Sender<'a>(&'a mut PacketBuffer);
 
 impl TxToken for Sender<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {

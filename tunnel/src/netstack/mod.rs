@@ -1,21 +1,19 @@
 //! TCP in user space: IP packets on one side, byte streams on the other.
 //!
-//! [`Netstack`] is sans-IO like the node: every call takes `now`, packets go in by [`Netstack::handle_packet`] and come
-//! out of [`Netstack::drain`], and [`Netstack::poll_timeout`] says when it wants to be called again. The TCP itself is
-//! smoltcp's; what is ours is everything around one connection:
+//! [`Netstack`] is sans-IO like the node: every call takes `now`, packets go in through [`Netstack::handle_packet`] and
+//! come out of [`Netstack::drain`], and [`Netstack::poll_timeout`] says when to call it again. smoltcp implements TCP;
+//! this module does everything around the connections:
 //!
-//! - `segment` finds the connection that a packet belongs to. Each `connection` has a smoltcp socket set for itself, so
-//!   the cost of a packet does not grow with the number of connections, and a clock for itself, so that it can be
-//!   hurried.
-//! - `backlog` keeps a peer's SYN until the application has decided, so that refusal is a refusal.
-//! - `device` is the boundary to smoltcp.
+//! - `segment` finds the connection that a packet belongs to. Each `connection` has its own smoltcp socket set, so the
+//!   cost of a packet does not grow with the number of connections, and its own clock, so that it can be made to
+//!   retransmit at once.
+//! - `backlog` keeps a peer's SYN until the application has accepted or refused the connection.
+//! - `device` is the interface to smoltcp.
 //!
-//! Packets that belong to no connection go to smoltcp with an empty socket set: it answers pings, and segments with a
-//! reset.
+//! Packets that belong to no connection go to smoltcp with an empty socket set: it answers pings, and resets segments.
 //!
-//! Streams call in from their own tasks (under the driver's lock), read and write the socket buffers in place, and
-//! leave a waker; packets go out only from [`Netstack::poll`], which serves the connections in turn, a few packets
-//! each.
+//! Streams call in from their own tasks (under the driver's lock), read and write the socket buffers in place, and leave
+//! a waker. Packets are sent only by [`Netstack::poll`], which serves the connections in turn, a few packets each.
 
 mod backlog;
 mod connection;
@@ -43,34 +41,34 @@ pub(crate) use self::segment::Flow;
 use self::segment::Segment;
 use self::{
     backlog::Backlog,
-    connection::{Clock, Connection, End},
-    device::{Outbox, Port},
+    connection::{Clock, CloseReason, Connection},
+    device::{PacketBuffer, Port},
 };
 use crate::random::Random;
 
-/// How many connections a node carries at once.
+/// Concurrent connections of a node.
 const MAX_CONNECTIONS: usize = 1024;
 
-/// The buffer of a connection in each direction, by the bytes that all connections have: generous while there are few,
-/// so that one stream fills a fast or a long path, and small rather than refused when there are many. Only what is
-/// used costs memory.
+/// A connection's buffer size per direction, by the total buffer size of all connections: large while there are few, so
+/// that one stream fills a fast or a long path, and small instead of refused when there are many. Only used buffer space
+/// costs memory.
 const BUFFERS: [(usize, usize); 3] = [(128 << 20, 1 << 20), (224 << 20, 256 << 10), (384 << 20, 64 << 10)];
 
-/// How many packets one connection sends before it is another's turn.
+/// Packets that a connection sends before the next one's turn.
 const QUANTUM: usize = 16;
 
-/// Connections in TIME-WAIT of which the last answer is kept, and for how long (as smoltcp's own TIME-WAIT).
-const MAX_FAREWELLS: usize = 1024;
-const FAREWELL: Duration = Duration::from_secs(10);
+/// Connections in TIME-WAIT whose last acknowledgement is kept, and for how long (the same as smoltcp's TIME-WAIT).
+const MAX_TIME_WAIT_REPLIES: usize = 1024;
+const TIME_WAIT: Duration = Duration::from_secs(10);
 
-/// The ports that connections of ours come from (RFC 6335 §6).
+/// The source ports of outgoing connections (RFC 6335 §6).
 const EPHEMERAL: std::ops::RangeInclusive<u16> = 49152..=65535;
 
 /// Names a connection; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ConnectionId(u64);
 
-/// Every place for a connection is taken.
+/// The limit of connections is reached.
 #[derive(Debug)]
 pub(crate) struct Full;
 
@@ -90,7 +88,7 @@ pub(crate) struct Netstack {
     interface: Interface,
     nobody: SocketSet<'static>,
     connections: HashMap<ConnectionId, Connection>,
-    /// The connections that can still receive.
+    /// Connections that can still receive.
     flows: HashMap<Flow, ConnectionId>,
     /// Connections with something to do.
     ready: VecDeque<ConnectionId>,
@@ -99,23 +97,23 @@ pub(crate) struct Netstack {
     blocked: HashSet<Ipv6Addr>,
     timers: BTreeSet<(Instant, ConnectionId)>,
     backlog: Backlog,
-    farewells: HashMap<Flow, (Instant, Vec<u8>)>,
-    farewells_by_age: VecDeque<(Instant, Flow)>,
+    time_wait_replies: HashMap<Flow, (Instant, Vec<u8>)>,
+    time_wait_by_age: VecDeque<(Instant, Flow)>,
     heard: HashMap<Ipv6Addr, Instant>,
-    out: Outbox,
+    out: PacketBuffer,
     buffered: usize,
     next_id: u64,
     random: Random,
 }
 
 impl Netstack {
-    /// A stack with one address; `seed` decides ports and sequence numbers.
+    /// A stack with one address; `seed` determines ports and sequence numbers.
     pub(crate) fn new(address: Ipv6Addr, seed: u64, now: Instant) -> Self {
         let clock = Clock::new(now);
         let mut random = Random::new(seed);
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = random.next();
-        let mut out = Outbox::default();
+        let mut out = PacketBuffer::default();
         let mut interface = Interface::new(config, &mut Port { incoming: None, out: &mut out }, clock.at(now));
         interface.update_ip_addrs(|addresses| {
             addresses.push(IpCidr::new(address.into(), 128)).expect("an interface holds at least one address");
@@ -132,8 +130,8 @@ impl Netstack {
             blocked: HashSet::new(),
             timers: BTreeSet::new(),
             backlog: Backlog::default(),
-            farewells: HashMap::new(),
-            farewells_by_age: VecDeque::new(),
+            time_wait_replies: HashMap::new(),
+            time_wait_by_age: VecDeque::new(),
             heard: HashMap::new(),
             out,
             buffered: 0,
@@ -142,7 +140,7 @@ impl Netstack {
         }
     }
 
-    /// Takes in one IP packet that the node has authenticated; answers wait in the outbox.
+    /// Processes one IP packet that the node has authenticated; answers are queued for [`Self::drain`].
     pub(crate) fn handle_packet(&mut self, now: Instant, packet: &[u8]) {
         let Some(segment) = Segment::parse(packet, self.address) else {
             return self.handle_unclaimed(now, packet);
@@ -157,25 +155,25 @@ impl Netstack {
             return self.enqueue(id);
         }
         if segment.opens() {
-            self.farewells.remove(&segment.flow);
+            self.time_wait_replies.remove(&segment.flow);
             return self.backlog.offer(now, segment.flow, packet);
         }
         if segment.resets() {
-            self.farewells.remove(&segment.flow);
+            self.time_wait_replies.remove(&segment.flow);
             self.backlog.forget(|flow| flow == &segment.flow);
             return;
         }
-        match self.farewells.get(&segment.flow) {
-            Some((until, farewell)) if now < *until => {
+        match self.time_wait_replies.get(&segment.flow) {
+            Some((until, time_wait_reply)) if now < *until => {
                 if segment.finishes() {
-                    self.out.push(farewell);
+                    self.out.push(time_wait_reply);
                 }
             }
             _ => self.handle_unclaimed(now, packet),
         }
     }
 
-    /// Does what is due until at least `limit` packets wait in the outbox; says whether more is due.
+    /// Does what is due until at least `limit` packets are queued; returns whether more is due.
     pub(crate) fn poll(&mut self, now: Instant, limit: usize) -> bool {
         while let Some(&(at, id)) = self.timers.first()
             && at <= now
@@ -203,26 +201,26 @@ impl Netstack {
         !self.ready.is_empty()
     }
 
-    /// Hands over the packets that wait to be sent.
+    /// Passes the queued packets to `take`.
     pub(crate) fn drain(&mut self, take: impl FnMut(&[u8])) {
         self.out.drain(take);
     }
 
-    /// When [`Netstack::poll`] must be called though nothing happens.
+    /// When to call [`Netstack::poll`] if nothing else happens.
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         self.timers.first().map(|&(at, _)| at)
     }
 
-    /// The next connection that a peer asks for.
+    /// The next connection that a peer wants to open.
     pub(crate) fn poll_incoming(&mut self) -> Option<Flow> {
         self.backlog.next()
     }
 
-    /// Answers a peer's SYN; `None` when it has given up. Poll it with [`Netstack::poll_open`].
+    /// Answers a peer's SYN; `None` if the peer has given up. Poll it with [`Netstack::poll_open`].
     ///
     /// # Errors
     ///
-    /// When every place is taken: the peer is refused.
+    /// When the limit of connections is reached; then the peer gets a reset.
     pub(crate) fn accept(&mut self, now: Instant, flow: Flow) -> Result<Option<ConnectionId>, Full> {
         let Some(syn) = self.backlog.take(&flow) else { return Ok(None) };
         let Ok(id) = self.add(now, flow) else {
@@ -246,11 +244,7 @@ impl Netstack {
         }
     }
 
-    /// Begins a connection to a peer. Poll it with [`Netstack::poll_open`].
-    ///
-    /// # Errors
-    ///
-    /// When every place is taken.
+    /// Opens a connection to a peer. Poll it with [`Netstack::poll_open`].
     pub(crate) fn connect(&mut self, now: Instant, remote: Ipv6Addr, remote_port: u16) -> Result<ConnectionId, Full> {
         let ports = EPHEMERAL.end() - EPHEMERAL.start();
         let flow = (0..64)
@@ -259,14 +253,14 @@ impl Netstack {
                 remote_port,
                 local_port: EPHEMERAL.start() + self.random.below(u64::from(ports) + 1) as u16,
             })
-            .find(|flow| !self.flows.contains_key(flow) && !self.farewells.contains_key(flow))
+            .find(|flow| !self.flows.contains_key(flow) && !self.time_wait_replies.contains_key(flow))
             .ok_or(Full)?;
         let id = self.add(now, flow)?;
         let connection = self.connections.get_mut(&id).expect("it was just added");
         let local = IpListenEndpoint { addr: Some(self.address.into()), port: flow.local_port };
         let begun = connection.socket().connect(self.interface.context(), (remote, remote_port), local);
         if begun.is_err() {
-            // Port zero or the unspecified address: nobody is there.
+            // Port zero or the unspecified address, which cannot be reached.
             connection.abort();
         }
         self.enqueue(id);
@@ -277,8 +271,8 @@ impl Netstack {
     pub(crate) fn poll_open(&mut self, id: ConnectionId, cx: &mut Context<'_>) -> Poll<Result<(), OpenError>> {
         let connection = self.get(id);
         match connection.end() {
-            Some(End::TimedOut) => return Poll::Ready(Err(OpenError::TimedOut)),
-            Some(End::Reset | End::Finished) => return Poll::Ready(Err(OpenError::Refused)),
+            Some(CloseReason::TimedOut) => return Poll::Ready(Err(OpenError::TimedOut)),
+            Some(CloseReason::Reset | CloseReason::Finished) => return Poll::Ready(Err(OpenError::Refused)),
             None => {}
         }
         match connection.state() {
@@ -290,8 +284,8 @@ impl Netstack {
         }
     }
 
-    /// Reads what has arrived; nothing is the end of the stream. Also says whether the driver has something to send
-    /// now.
+    /// Reads what has arrived; zero bytes are the end of the stream. Also returns whether the driver has something to
+    /// send now.
     pub(crate) fn poll_read(
         &mut self,
         now: Instant,
@@ -321,7 +315,7 @@ impl Netstack {
         }
     }
 
-    /// Takes in bytes to send.
+    /// Queues bytes to send.
     pub(crate) fn poll_write(
         &mut self,
         id: ConnectionId,
@@ -341,22 +335,19 @@ impl Netstack {
                 Poll::Ready(Ok(count))
             }
             Err(_) => Poll::Ready(Err(match end {
-                // Both directions are finished, or ours is: there is nobody to write to.
-                None | Some(End::Finished) => io::ErrorKind::BrokenPipe.into(),
+                // Our direction is finished.
+                None | Some(CloseReason::Finished) => io::ErrorKind::BrokenPipe.into(),
                 end => error(end),
             })),
         }
     }
 
-    /// Ends our direction once everything written has been sent.
-    ///
-    /// # Errors
-    ///
-    /// When the connection was reset or timed out, so that what was written may be lost.
+    /// Ends our direction once everything written has been sent. Fails if the connection was reset or timed out, so that
+    /// data may be lost.
     pub(crate) fn finish(&mut self, id: ConnectionId) -> io::Result<()> {
         let connection = self.get(id);
         match connection.end() {
-            None | Some(End::Finished) => {
+            None | Some(CloseReason::Finished) => {
                 connection.socket().close();
                 self.enqueue(id);
                 Ok(())
@@ -365,8 +356,8 @@ impl Netstack {
         }
     }
 
-    /// The application lets go of a connection. If it has finished its direction and read everything, what it wrote is
-    /// still delivered; otherwise the peer gets a reset.
+    /// The application has dropped a stream. If it had finished its direction and read everything, the data is still
+    /// delivered; otherwise the peer gets a reset.
     pub(crate) fn release(&mut self, now: Instant, id: ConnectionId) {
         let connection = self.get(id);
         connection.release(now);
@@ -381,7 +372,7 @@ impl Netstack {
     pub(crate) fn reset(&mut self, peer: Option<Ipv6Addr>) {
         let concerned = |flow: &Flow| peer.is_none_or(|peer| flow.remote == peer);
         self.backlog.forget(concerned);
-        self.farewells.retain(|flow, _| !concerned(flow));
+        self.time_wait_replies.retain(|flow, _| !concerned(flow));
         let ids: Vec<_> =
             self.connections.iter().filter(|(_, connection)| concerned(&connection.flow)).map(|(&id, _)| id).collect();
         for id in ids {
@@ -397,8 +388,8 @@ impl Netstack {
         }
     }
 
-    /// A path has come back: what has waited long for an answer is sent again at once.
-    pub(crate) fn hurry(&mut self, now: Instant, peer: Option<Ipv6Addr>) {
+    /// A path works again: retransmits at once what was not acknowledged for long.
+    pub(crate) fn retransmit_now(&mut self, now: Instant, peer: Option<Ipv6Addr>) {
         let ids: Vec<_> = self
             .connections
             .iter()
@@ -407,13 +398,13 @@ impl Netstack {
             .collect();
         for id in ids {
             let connection = self.connections.get_mut(&id).expect("it was just found");
-            if connection.hurry(&mut self.interface, self.clock, now) {
+            if connection.retransmit_now(&mut self.interface, self.clock, now) {
                 self.enqueue(id);
             }
         }
     }
 
-    /// Stops or resumes sending to a peer: the path to it has no room, and what is not sent need not be lost.
+    /// Pauses or resumes sending to a peer, because the queue to it is full: data that is not sent cannot be lost.
     pub(crate) fn set_blocked(&mut self, peer: Ipv6Addr, blocked: bool) {
         if blocked {
             self.blocked.insert(peer);
@@ -428,11 +419,11 @@ impl Netstack {
         self.interface.poll_ingress_single(self.clock.at(now), &mut port, &mut self.nobody);
     }
 
-    /// The first packet after a silence means that the path is back.
+    /// The first packet after a silence means that the path works again.
     fn note_heard(&mut self, now: Instant, peer: Ipv6Addr) {
         let before = self.heard.insert(peer, now);
         if before.is_some_and(|before| now.saturating_duration_since(before) > Duration::from_secs(1)) {
-            self.hurry(now, Some(peer));
+            self.retransmit_now(now, Some(peer));
         }
     }
 
@@ -466,16 +457,16 @@ impl Netstack {
     fn settle(&mut self, now: Instant, id: ConnectionId) {
         let connection = self.connections.get_mut(&id).expect("the caller has it");
         if connection.is_over() {
-            return self.bury(now, id);
+            return self.remove(now, id);
         }
         if connection.end().is_some() {
             let flow = connection.flow;
             return self.forget_flow(flow, id);
         }
         let Some(deadline) = connection.deadline(&mut self.interface, self.clock, now) else { return };
-        // Due although there was nothing to send: smoltcp contradicts itself, which must not become a busy loop.
+        // smoltcp says that something is due although it had nothing to send; prevent a busy loop.
         let deadline = deadline.max(now + Duration::from_millis(1));
-        // A timer that rings too early is only moved then: it costs less than moving it at every packet.
+        // A timer that fires too early is moved then, which is cheaper than moving it at every packet.
         if connection.armed.is_none_or(|armed| deadline < armed) {
             if let Some(armed) = connection.armed.replace(deadline) {
                 self.timers.remove(&(armed, id));
@@ -484,29 +475,29 @@ impl Netstack {
         }
     }
 
-    fn bury(&mut self, now: Instant, id: ConnectionId) {
+    fn remove(&mut self, now: Instant, id: ConnectionId) {
         let mut connection = self.connections.remove(&id).expect("the caller has it");
         self.buffered -= 2 * connection.buffer;
         if let Some(armed) = connection.armed {
             self.timers.remove(&(armed, id));
         }
         self.forget_flow(connection.flow, id);
-        let Some(farewell) = connection.farewell() else { return };
-        if self.farewells_by_age.len() >= MAX_FAREWELLS {
-            self.forget_farewell();
+        let Some(time_wait_reply) = connection.time_wait_reply() else { return };
+        if self.time_wait_by_age.len() >= MAX_TIME_WAIT_REPLIES {
+            self.forget_time_wait_reply();
         }
-        while self.farewells_by_age.front().is_some_and(|&(until, _)| until <= now) {
-            self.forget_farewell();
+        while self.time_wait_by_age.front().is_some_and(|&(until, _)| until <= now) {
+            self.forget_time_wait_reply();
         }
-        self.farewells.insert(connection.flow, (now + FAREWELL, farewell));
-        self.farewells_by_age.push_back((now + FAREWELL, connection.flow));
+        self.time_wait_replies.insert(connection.flow, (now + TIME_WAIT, time_wait_reply));
+        self.time_wait_by_age.push_back((now + TIME_WAIT, connection.flow));
     }
 
-    fn forget_farewell(&mut self) {
-        if let Some((until, flow)) = self.farewells_by_age.pop_front()
-            && self.farewells.get(&flow).is_some_and(|farewell| farewell.0 == until)
+    fn forget_time_wait_reply(&mut self) {
+        if let Some((until, flow)) = self.time_wait_by_age.pop_front()
+            && self.time_wait_replies.get(&flow).is_some_and(|time_wait_reply| time_wait_reply.0 == until)
         {
-            self.farewells.remove(&flow);
+            self.time_wait_replies.remove(&flow);
         }
     }
 
@@ -517,10 +508,10 @@ impl Netstack {
     }
 }
 
-fn error(end: Option<End>) -> io::Error {
+fn error(end: Option<CloseReason>) -> io::Error {
     match end {
-        Some(End::TimedOut) => io::ErrorKind::TimedOut.into(),
-        Some(End::Finished) => io::ErrorKind::BrokenPipe.into(),
-        Some(End::Reset) | None => io::ErrorKind::ConnectionReset.into(),
+        Some(CloseReason::TimedOut) => io::ErrorKind::TimedOut.into(),
+        Some(CloseReason::Finished) => io::ErrorKind::BrokenPipe.into(),
+        Some(CloseReason::Reset) | None => io::ErrorKind::ConnectionReset.into(),
     }
 }

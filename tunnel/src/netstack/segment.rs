@@ -1,4 +1,4 @@
-//! As much of a TCP segment as finding its connection needs; smoltcp checks the rest.
+//! Parses as much of a TCP segment as is needed to find its connection; smoltcp checks the rest.
 
 use std::net::Ipv6Addr;
 
@@ -11,18 +11,15 @@ const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
-/// What names a connection, apart from our one address.
+/// Identifies a connection, together with our one address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Flow {
-    /// The peer's address.
     pub(crate) remote: Ipv6Addr,
-    /// The peer's port.
     pub(crate) remote_port: u16,
-    /// Our port.
     pub(crate) local_port: u16,
 }
 
-/// The part of a TCP segment's header that decides where it goes.
+/// The relevant part of a TCP header.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Segment {
     pub(super) flow: Flow,

@@ -212,7 +212,7 @@ fn a_lost_last_answer_is_repeated_after_the_connection_is_gone() {
     assert!(wire.a.connections.is_empty());
     wire.run(Duration::from_secs(5));
 
-    assert_eq!(wire.b.get(b).end(), Some(End::Finished));
+    assert_eq!(wire.b.get(b).end(), Some(CloseReason::Finished));
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn when_the_path_returns_waiting_segments_go_at_once() {
     assert!(matches!(write(&mut wire.a, a, b"x"), Poll::Ready(Ok(1))));
     wire.run(Duration::from_secs(100));
     wire.drop = Box::new(|_| false);
-    wire.a.hurry(wire.now, Some(B));
+    wire.a.retransmit_now(wire.now, Some(B));
     let back = wire.now;
     wire.run(Duration::from_millis(5));
 

@@ -1,12 +1,12 @@
-//! Addresses at which a peer can perhaps be reached: which are worth a try, and how many.
+//! Addresses at which a peer may be reachable: which ones to try, and how many.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// The most addresses tried for one peer. A host with containers and a VPN has about ten; each costs a few packets
-/// per handshake, and a peer that names more makes us no louder.
+/// Addresses tried for one peer. A host with containers and a VPN has about ten. Each costs a few packets per handshake,
+/// so this also bounds how much traffic a peer can make us send.
 pub const MAX_CANDIDATES: usize = 16;
 
-/// The most addresses learnt from a peer's own packets beside those given; the one not heard from for longest goes.
+/// Addresses learnt from a peer's packets in addition to those given. The one that was silent longest is dropped first.
 pub const MAX_LEARNT: usize = 8;
 
 /// How an address became known.
@@ -18,7 +18,7 @@ pub(crate) enum Origin {
     Learnt,
 }
 
-/// The address in its one form (an IPv4 address as such, no flow label), or `None` when no peer can be there.
+/// The address in canonical form (no IPv4-mapped IPv6, no flow label), or `None` if no peer can have it.
 pub(crate) fn normalise(address: SocketAddr) -> Option<SocketAddr> {
     let ip = address.ip().to_canonical();
     if address.port() == 0 || ip.is_unspecified() || ip.is_multicast() {

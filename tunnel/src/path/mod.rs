@@ -1,18 +1,18 @@
-//! The ways to a peer, and which of them its data takes.
+//! The paths to a peer, and which of them its data takes.
 //!
-//! A peer has the relay and any number of **direct** paths, one for each UDP address: those the application gave
-//! and those that authentic packets came from. Each path has a prober. A path is **proved** when it was seen to
-//! work both ways: a ping was answered on it, or a handshake was; on the relay, which is one connection for both
-//! ways, any authentic packet does. Data goes only over proved paths; the score chooses among them. Three lost pings
-//! unprove a path, data moves to the next best at once, and the search begins anew. After the first lost ping data
-//! goes over the relay too, so that what the path swallows until the third is not missed.
+//! A peer has the relay and any number of **direct** paths, one for each UDP address: those from the application and
+//! those that authentic packets came from. Each path has a prober. A path is **proved** once it has worked in both
+//! directions: a ping or a handshake was answered on it, or on the relay, which is one connection for both directions,
+//! any authentic packet arrived. Data goes only over proved paths; the score chooses among them. After three lost pings
+//! a path is no longer proved, data moves to the next best at once, and the search starts over. After the first lost
+//! ping data also goes over the relay, so that nothing is lost before the third.
 //!
-//! Only Loom nodes answer probes. That a peer is one shows when it sends or answers a probe, or when anything
-//! authentic comes from it over the relay (nobody else has one); only then are its direct paths probed. A **foreign**
-//! WireGuard peer has a single path, the source of its latest authentic packet, as the paper says (§2.1).
+//! Only Loom nodes answer probes. A peer is known to be one when it sends or answers a probe, or when anything authentic
+//! comes from it over the relay (nobody else uses that); only then are its direct paths probed. A **foreign** WireGuard
+//! peer has a single path, the source of its latest authentic packet (paper §2.1).
 //!
-//! This module does no I/O: `Paths::poll_ping` says which pings to send, `Paths::heard`, `Paths::pong` and
-//! `Paths::handshake_answered` take what came, `Paths::select` draws the conclusion.
+//! This module does no I/O: `Paths::poll_ping` returns the pings to send, `Paths::heard`, `Paths::pong` and
+//! `Paths::handshake_answered` process what arrives, `Paths::select` chooses the path.
 
 use std::{
     net::SocketAddr,
@@ -27,7 +27,8 @@ mod score;
 pub use candidate::{MAX_CANDIDATES, MAX_LEARNT};
 pub use probe::{PROBE_LEN, PROBE_PORT};
 pub use prober::{
-    BURST_GAPS, BUSY_GAP, IDLE_GAP, LOST_PINGS, PATIENCE, SEEK_GAP, SEEK_GAP_MAX, SEEK_STEPS, STANDBY_GAP, SUSPECT_GAP,
+    BURST_GAPS, BUSY_GAP, IDLE_GAP, LOST_PINGS, MAX_SEEK_GAP, PONG_TIMEOUT, SEEK_GAP, SEEK_STEPS, STANDBY_GAP,
+    SUSPECT_GAP,
 };
 pub use score::{HYSTERESIS, HYSTERESIS_PART};
 
@@ -37,10 +38,10 @@ pub(crate) use probe::{Probe, ProbeKind};
 use prober::{Pace, Prober};
 use score::Score;
 
-/// A path carries data while the last packet went within this time.
+/// A path counts as busy for this long after the last packet.
 pub const BUSY_WINDOW: Duration = Duration::from_secs(2);
 
-/// How long an address that was learnt and never worked is remembered.
+/// How long an address that was learnt but never worked is kept.
 pub const LEARNT_LIFETIME: Duration = Duration::from_secs(120);
 
 /// How a packet reaches a peer.
@@ -52,12 +53,12 @@ pub enum PathKind {
     Direct(SocketAddr),
 }
 
-/// One path to a peer, judged by what was last authenticated on it.
+/// The status of one path to a peer, judged by the last authenticated packet.
 #[derive(Debug, Clone)]
 pub struct PathStatus {
     /// How packets travel on this path.
     pub kind: PathKind,
-    /// Whether data goes over it now.
+    /// Whether it carries the data now.
     pub active: bool,
     /// The last round trip measured on it.
     pub rtt: Option<Duration>,
@@ -78,9 +79,9 @@ pub(crate) struct Paths {
     relay_up: bool,
     relay_absent: bool,
     direct: Vec<Route>,
-    /// Where `direct` was heard last: mostly where it is heard next.
+    /// The index in `direct` of the path that was heard last, which is usually heard next.
     heard_at: usize,
-    /// The source of the latest authentic packet that came straight.
+    /// The source of the latest authentic packet on a direct path.
     endpoint: Option<SocketAddr>,
     is_loom: bool,
     active: Option<PathKind>,
@@ -95,7 +96,7 @@ struct Route {
     nonce: u64,
     prober: Prober,
     proved: bool,
-    /// Whether a probe was ever answered on it.
+    /// Whether a probe was ever answered on this path.
     worked: bool,
     last_received: Option<Instant>,
 }
@@ -115,7 +116,7 @@ impl Route {
         Score { kind: self.kind, rtt: self.prober.smoothed_rtt() }
     }
 
-    /// Independent of the present time, so that a ping that is due stays due until it is sent.
+    /// Does not depend on the current time, so that a ping that is due stays due until it is sent.
     fn pace(&self, active: Option<PathKind>, data_sent: Option<Instant>) -> Pace {
         if active != Some(self.kind) {
             return Pace::Standby;
@@ -151,7 +152,7 @@ impl Paths {
         }
     }
 
-    /// Where data goes; `None` while no path works.
+    /// The path for data; `None` while no path works.
     pub(crate) const fn active(&self) -> Option<PathKind> {
         self.active
     }
@@ -161,7 +162,7 @@ impl Paths {
         self.spare
     }
 
-    /// Every path that a handshake may take: all that could work.
+    /// All paths that could work, for a handshake.
     pub(crate) fn handshake_targets(&self) -> impl Iterator<Item = PathKind> {
         let relay = self.relay_up.then_some(PathKind::Relay);
         relay.into_iter().chain(self.direct.iter().map(|route| route.kind))
@@ -172,8 +173,7 @@ impl Paths {
         self.relay_up && !self.relay_absent && self.relay.proved
     }
 
-    /// Replaces the given addresses. One that works is kept even when it is no longer given. True when there are new
-    /// ones.
+    /// Replaces the given addresses, but keeps those that work. Returns whether there are new ones.
     pub(crate) fn set_candidates(&mut self, now: Instant, given: &[SocketAddr]) -> bool {
         let mut wanted: Vec<PathKind> = Vec::new();
         for address in given.iter().copied().filter_map(candidate::normalise) {
@@ -201,7 +201,8 @@ impl Paths {
         self.direct.len() > known
     }
 
-    /// The relay connection came or went. It has to prove itself again: the peer's own may still be away.
+    /// The relay connection was established or lost. The path has to be proved again, because the peer's own connection may
+    /// still be down.
     pub(crate) fn set_relay_up(&mut self, now: Instant, up: bool) {
         self.relay_up = up;
         self.relay_absent = false;
@@ -218,7 +219,7 @@ impl Paths {
         self.relay.proved = false;
     }
 
-    /// An authentic packet came by a path. True when that may change the choice.
+    /// An authentic packet arrived on a path. Returns whether that may change the choice.
     pub(crate) fn heard(&mut self, now: Instant, kind: PathKind) -> bool {
         match kind {
             PathKind::Relay => {
@@ -233,7 +234,7 @@ impl Paths {
         }
     }
 
-    /// A handshake of ours was answered by this path: it works both ways.
+    /// A handshake of ours was answered on this path, so it works in both directions.
     pub(crate) fn handshake_answered(&mut self, now: Instant, kind: PathKind, rtt: Option<Duration>) {
         self.heard(now, kind);
         if let Some(route) = self.route_mut(kind) {
@@ -244,7 +245,7 @@ impl Paths {
         }
     }
 
-    /// There are session keys, the first or again: pings can be sent, and those before say nothing.
+    /// There are new session keys: pings can be sent, and earlier ones no longer count.
     pub(crate) fn session_began(&mut self, now: Instant) {
         let is_loom = self.is_loom;
         self.relay.prober.restart(now);
@@ -253,7 +254,7 @@ impl Paths {
         }
     }
 
-    /// The peer sent or answered a probe, or has a relay: it knows probes.
+    /// The peer sent or answered a probe, or uses the relay, so it is a Loom node.
     pub(crate) fn set_loom(&mut self, now: Instant) {
         if self.is_loom {
             return;
@@ -261,7 +262,7 @@ impl Paths {
         self.is_loom = true;
         let active = self.active;
         for route in &mut self.direct {
-            // What data took so far goes on, until the pings say otherwise.
+            // Data stays on its path until the pings say otherwise.
             if active == Some(route.kind) {
                 route.prove();
             }
@@ -269,7 +270,7 @@ impl Paths {
         }
     }
 
-    /// A pong came. True when it answers a ping of ours.
+    /// A pong arrived. Returns whether it answers a ping of ours.
     pub(crate) fn pong(&mut self, now: Instant, nonce: u64, sequence: u32) -> bool {
         let routes = std::iter::once(&mut self.relay).chain(&mut self.direct);
         let Some(route) = routes.into_iter().find(|route| route.nonce == nonce) else { return false };
@@ -282,25 +283,25 @@ impl Paths {
         true
     }
 
-    /// A ping came: the path works one way at least, so that it is worth asking the same at once.
+    /// A ping arrived: the path works in one direction at least, so probe it at once.
     pub(crate) fn pinged(&mut self, now: Instant, kind: PathKind) {
         if let Some(route) = self.route_mut(kind).filter(|route| !route.proved) {
-            route.prober.hurry(now);
+            route.prober.ping_now(now);
         }
     }
 
-    /// Data was sent. After a pause the path is checked at once, for it may have died unseen.
+    /// Data was sent. After a pause the path is checked at once, because it may have failed meanwhile.
     pub(crate) fn data_sent(&mut self, now: Instant) {
         let busy = self.data_sent.is_some_and(|at| now.saturating_duration_since(at) < BUSY_WINDOW);
         self.data_sent = Some(now);
         if let Some(active) = self.active.filter(|_| !busy)
             && let Some(route) = self.route_mut(active)
         {
-            route.prober.hurry(now);
+            route.prober.ping_now(now);
         }
     }
 
-    /// The host's network changed: no path is trusted until it answers again.
+    /// The host's network has changed: every path must answer again before it is trusted.
     pub(crate) fn network_changed(&mut self, now: Instant) {
         self.relay_absent = false;
         for route in std::iter::once(&mut self.relay).chain(&mut self.direct) {
@@ -312,7 +313,7 @@ impl Paths {
         }
     }
 
-    /// Judges pings that were not answered, and forgets addresses that never worked.
+    /// Counts unanswered pings, and drops addresses that never worked.
     pub(crate) fn handle_timeout(&mut self, now: Instant) {
         let active = self.active;
         let mut active_in_doubt = false;
@@ -328,7 +329,7 @@ impl Paths {
         }
         if active_in_doubt {
             for route in std::iter::once(&mut self.relay).chain(&mut self.direct) {
-                route.prober.hurry(now);
+                route.prober.ping_now(now);
             }
         }
         let endpoint = self.endpoint.map(PathKind::Direct);
@@ -338,7 +339,7 @@ impl Paths {
         });
     }
 
-    /// A ping that is due. Only for a peer with session keys.
+    /// The next ping that is due. Only for a peer with session keys.
     pub(crate) fn poll_ping(&mut self, now: Instant) -> Option<Ping> {
         let (active, data_sent) = (self.active, self.data_sent);
         let relay = self.relay_up.then_some(&mut self.relay);
@@ -361,15 +362,15 @@ impl Paths {
         routes.filter_map(|route| route.prober.next_timeout(route.pace(self.active, self.data_sent))).min()
     }
 
-    /// Whether no path works though one of them should: perhaps the peer has lost its keys. An address that never
-    /// worked says nothing about that.
+    /// Whether no path works although one of them should: the peer may have lost its keys. Addresses that never worked do
+    /// not count.
     pub(crate) fn is_in_distress(&self) -> bool {
         let relay = (self.relay_up && !self.relay_absent).then_some(&self.relay);
         let direct = self.direct.iter().filter(|route| route.worked);
         self.is_loom && self.active.is_none() && relay.into_iter().chain(direct).any(|route| route.prober.is_lost())
     }
 
-    /// Chooses the path for data. True when the choice changed.
+    /// Chooses the path for data. Returns whether the choice changed.
     pub(crate) fn select(&mut self) -> bool {
         let chosen = if self.is_loom { self.select_proved() } else { self.endpoint.map(PathKind::Direct) };
         let changed = chosen != self.active;
@@ -404,7 +405,7 @@ impl Paths {
                 None => {
                     self.make_room_to_learn();
                     self.add_direct(now, kind, Origin::Learnt);
-                    self.hurry_all(now);
+                    self.ping_all_now(now);
                     self.direct.len() - 1
                 }
             };
@@ -415,10 +416,10 @@ impl Paths {
         moved
     }
 
-    /// A peer that comes from a new address has perhaps left the old one.
-    fn hurry_all(&mut self, now: Instant) {
+    /// A peer with a new address may have lost the old one.
+    fn ping_all_now(&mut self, now: Instant) {
         for route in std::iter::once(&mut self.relay).chain(&mut self.direct) {
-            route.prober.hurry(now);
+            route.prober.ping_now(now);
         }
     }
 

@@ -1,6 +1,6 @@
 //! The probe's wire format: an IPv6 packet with one UDP datagram, sent like any other packet inside WireGuard.
 //!
-//! So a probe is authentic without a key of its own, and to anyone outside it is a data packet like the others.
+//! So a probe is authenticated without a key of its own, and looks like any data packet from outside.
 //!
 //! | offset | bytes | what |
 //! | --- | --- | --- |
@@ -13,15 +13,15 @@
 //! | 56 | 8 | nonce: names the path, random, chosen by who pings |
 //! | 64 | 4 | sequence, big-endian, counted per path |
 //!
-//! A pong repeats the ping's nonce and sequence and goes back by the path that the ping came on. A packet to
-//! [`PROBE_PORT`] that is not exactly this is no probe and is handed on like any packet.
+//! A pong repeats the ping's nonce and sequence and is sent on the path on which the ping arrived. A packet to
+//! [`PROBE_PORT`] that does not match exactly is not a probe, and is delivered like any packet.
 
 use std::net::Ipv6Addr;
 
-/// The UDP port inside the tunnel: `discard` (RFC 863), so that a peer that does not know probes throws them away.
+/// The UDP port inside the tunnel: `discard` (RFC 863), so that a peer that does not know probes drops them.
 pub const PROBE_PORT: u16 = 9;
 
-/// Bytes of a probe before encryption.
+/// Bytes, before encryption.
 pub const PROBE_LEN: usize = 68;
 
 const MAGIC: [u8; 4] = *b"LOOM";
@@ -31,14 +31,12 @@ const NEXT_HEADER_UDP: u8 = 17;
 const UDP_AT: usize = 40;
 const BODY_AT: usize = 48;
 
-/// A question or its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ProbeKind {
     Ping,
     Pong,
 }
 
-/// A probe's contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Probe {
     pub(crate) kind: ProbeKind,
@@ -73,7 +71,7 @@ impl Probe {
         packet
     }
 
-    /// Recognises a probe. WireGuard has authenticated the packet, so the checksum is not looked at.
+    /// Parses a probe. Ignores the checksum, because WireGuard has authenticated the packet.
     pub(crate) fn decode(packet: &[u8]) -> Option<Self> {
         let packet: &[u8; PROBE_LEN] = packet.try_into().ok()?;
         let port = PROBE_PORT.to_be_bytes();

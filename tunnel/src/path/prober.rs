@@ -1,8 +1,8 @@
-//! When one path is pinged, and what the answers say about it.
+//! When a path is pinged, and what the answers say about it.
 //!
-//! A prober **seeks** an answer, in a burst that turns into a slow search, until a pong comes; then it is **steady**
-//! and asks at the pace that the path's use calls for. In both states a ping without an answer within
-//! [`Prober::patience`] counts as lost; any pong sets the count back. One lost ping makes a path *suspect* and is
+//! A prober **seeks** an answer, in a burst that turns into a slow search, until a pong arrives; then it is **steady**
+//! and pings at a pace that depends on the path's use. In both states a ping without an answer within
+//! [`Prober::pong_timeout`] counts as lost; any pong resets the count. One lost ping makes a path *suspect* and is
 //! followed by the next at once; [`LOST_PINGS`] in a row make it *lost*.
 
 use std::{
@@ -18,18 +18,18 @@ pub const BURST_GAPS: [Duration; 4] =
 /// The gap after the burst.
 pub const SEEK_GAP: Duration = Duration::from_secs(1);
 
-/// How many such gaps come before they double: a path that comes at all comes soon.
+/// The number of such gaps before they double: a path that works at all usually works soon.
 pub const SEEK_STEPS: u32 = 10;
 
-/// The longest gap: a path that stays closed costs two packets a minute.
-pub const SEEK_GAP_MAX: Duration = Duration::from_secs(30);
+/// A path that never works costs two packets a minute.
+pub const MAX_SEEK_GAP: Duration = Duration::from_secs(30);
 
-/// The pace on the path that carries data: with [`SUSPECT_GAP`] and [`LOST_PINGS`], a dead path is left within 2 s
+/// The pace on the path that carries data: with [`SUSPECT_GAP`] and [`LOST_PINGS`], data leaves a dead path within 2 s
 /// at round trips up to 200 ms.
 pub const BUSY_GAP: Duration = Duration::from_millis(500);
 
-/// The pace on the chosen path while no data flows; below the 30 s that NAT mappings live in practice (RFC 4787 §4.3
-/// demands 2 minutes, many give less).
+/// The pace on the chosen path while no data flows; below the 30 s that NAT mappings last in practice (RFC 4787 §4.3
+/// requires 2 minutes, but many devices have less).
 pub const IDLE_GAP: Duration = Duration::from_secs(15);
 
 /// The pace on the other paths: keeps NAT mappings and knowledge fresh.
@@ -38,13 +38,13 @@ pub const STANDBY_GAP: Duration = Duration::from_secs(25);
 /// The gap once a ping was lost.
 pub const SUSPECT_GAP: Duration = Duration::from_millis(250);
 
-/// How many pings in a row are lost on a dead path. Three, for one or two are lost by chance: at 10 % loss each way
+/// A path is lost after so many lost pings in a row. Three, because one or two are lost by chance: at 10 % loss each way
 /// once in 150 pings.
 pub const LOST_PINGS: u32 = 3;
 
-/// Bounds of the wait for a pong: three round trips, but not less than a scheduler's hiccup nor more than a user
-/// bears. The upper bound also holds while no round trip is known.
-pub const PATIENCE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(1));
+/// Minimum and maximum: the timeout is three round trips, but longer than a scheduling delay and no longer than users
+/// tolerate. While no round trip is known it is the maximum.
+pub const PONG_TIMEOUT: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(1));
 
 /// Pings remembered, so that a late pong still counts.
 const REMEMBERED: usize = 8;
@@ -54,9 +54,9 @@ const REMEMBERED: usize = 8;
 pub(crate) enum Pace {
     /// It carries data now.
     Busy,
-    /// It is the chosen path, but there is no data.
+    /// It is the chosen path, but no data flows.
     Idle,
-    /// Another path would be used before it.
+    /// Another path is preferred.
     Standby,
 }
 
@@ -64,9 +64,9 @@ pub(crate) enum Pace {
 enum Phase {
     /// No pings.
     Off,
-    /// So many pings without an answer; the next one at this time.
+    /// `step` pings were not answered; the next is due at `next`.
     Seeking { step: u32, next: Instant },
-    /// Answers come.
+    /// Pings are answered.
     Steady,
 }
 
@@ -102,31 +102,31 @@ impl Prober {
         }
     }
 
-    /// Begins a burst, from whatever state.
+    /// Begins a burst, in any state.
     pub(crate) fn seek(&mut self, now: Instant) {
         self.phase = Phase::Seeking { step: 0, next: now };
         self.hurried = None;
     }
 
-    /// Begins a burst unless answers come already or one has begun.
+    /// Begins a burst, unless one has begun or pings are answered already.
     pub(crate) fn start(&mut self, now: Instant) {
         if self.phase == Phase::Off {
             self.seek(now);
         }
     }
 
-    /// Forgets the pings under way: they say nothing, for there was nothing to answer them with.
+    /// Drops unanswered pings, because the peer had no keys to answer them with.
     pub(crate) fn restart(&mut self, now: Instant) {
         self.pings.clear();
         self.lost = 0;
         match self.phase {
-            Phase::Steady => self.hurry(now),
+            Phase::Steady => self.ping_now(now),
             Phase::Seeking { .. } | Phase::Off => self.seek(now),
         }
     }
 
     /// Pings at once, unless that was just done.
-    pub(crate) fn hurry(&mut self, now: Instant) {
+    pub(crate) fn ping_now(&mut self, now: Instant) {
         if self.last_sent.is_some_and(|sent| now.saturating_duration_since(sent) < SUSPECT_GAP) {
             return;
         }
@@ -137,10 +137,10 @@ impl Prober {
         }
     }
 
-    /// Treats the path as one that has lost a ping: something happened that may have broken it.
+    /// Treats the path as if it had lost a ping, because something may have broken it.
     pub(crate) fn suspect(&mut self, now: Instant) {
         self.lost = self.lost.max(1);
-        self.hurry(now);
+        self.ping_now(now);
     }
 
     pub(crate) const fn is_suspect(&self) -> bool {
@@ -151,7 +151,7 @@ impl Prober {
         self.lost >= LOST_PINGS
     }
 
-    /// The round trip measured last, and the smoothed one that choices rest on.
+    /// The last measured round trip; [`Self::smoothed_rtt`] is the one that decides.
     pub(crate) const fn last_rtt(&self) -> Option<Duration> {
         self.last_rtt
     }
@@ -162,7 +162,7 @@ impl Prober {
 
     /// When [`Prober::ping`] or [`Prober::expire`] is due.
     pub(crate) fn next_timeout(&self, pace: Pace) -> Option<Instant> {
-        let expiry = self.pings.iter().find(|ping| !ping.lost).map(|ping| ping.sent + self.patience());
+        let expiry = self.pings.iter().find(|ping| !ping.lost).map(|ping| ping.sent + self.pong_timeout());
         [self.next_ping(pace), expiry].into_iter().flatten().min()
     }
 
@@ -185,12 +185,12 @@ impl Prober {
         Some(self.sequence)
     }
 
-    /// Counts the pings that have waited too long. True when there was one.
+    /// Counts the pings that have timed out. Returns whether there was one.
     pub(crate) fn expire(&mut self, now: Instant) -> bool {
-        let patience = self.patience();
+        let pong_timeout = self.pong_timeout();
         let mut any = false;
         for ping in self.pings.iter_mut().filter(|ping| !ping.lost) {
-            if now.saturating_duration_since(ping.sent) < patience {
+            if now.saturating_duration_since(ping.sent) < pong_timeout {
                 break;
             }
             ping.lost = true;
@@ -200,7 +200,7 @@ impl Prober {
         any
     }
 
-    /// Takes an answer. False when it answers nothing that was asked.
+    /// Processes a pong. Returns false if it answers no ping of ours.
     pub(crate) fn pong(&mut self, now: Instant, sequence: u32) -> bool {
         let Some(at) = self.pings.iter().position(|ping| ping.sequence == sequence) else {
             return false;
@@ -213,15 +213,15 @@ impl Prober {
         true
     }
 
-    /// Takes a round trip, measured by a ping or a handshake. Smoothed as TCP does (RFC 6298 §2.3).
+    /// Records a round trip, measured by a ping or a handshake. Smoothed as in TCP (RFC 6298 §2.3).
     pub(crate) fn measured(&mut self, rtt: Duration) {
         self.last_rtt = Some(rtt);
         self.smoothed_rtt = Some(self.smoothed_rtt.map_or(rtt, |smoothed| (smoothed * 7 + rtt) / 8));
     }
 
-    /// How long a pong may take.
-    fn patience(&self) -> Duration {
-        self.smoothed_rtt.map_or(PATIENCE.1, |rtt| (rtt * 3).clamp(PATIENCE.0, PATIENCE.1))
+    /// How long to wait for a pong.
+    fn pong_timeout(&self) -> Duration {
+        self.smoothed_rtt.map_or(PONG_TIMEOUT.1, |rtt| (rtt * 3).clamp(PONG_TIMEOUT.0, PONG_TIMEOUT.1))
     }
 
     /// When a ping is due at this pace.
@@ -249,7 +249,7 @@ fn seek_gap(step: u32) -> Duration {
         return *gap;
     }
     let doublings = (step - BURST_GAPS.len() as u32).saturating_sub(SEEK_STEPS);
-    SEEK_GAP.saturating_mul(1 << doublings.min(8)).min(SEEK_GAP_MAX)
+    SEEK_GAP.saturating_mul(1 << doublings.min(8)).min(MAX_SEEK_GAP)
 }
 
 #[cfg(test)]
@@ -314,7 +314,7 @@ mod tests {
         let mut prober = steady(start, Duration::from_millis(10));
         let ping = start + BUSY_GAP;
         let sequence = prober.ping(ping, Pace::Busy).expect("due");
-        assert!(prober.expire(ping + PATIENCE.0));
+        assert!(prober.expire(ping + PONG_TIMEOUT.0));
         assert!(prober.is_suspect());
 
         assert!(prober.pong(ping + Duration::from_millis(400), sequence));
@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(prober.next_timeout(Pace::Busy), Some(start + BUSY_GAP));
         assert_eq!(prober.next_timeout(Pace::Idle), Some(start + IDLE_GAP));
         assert_eq!(prober.next_timeout(Pace::Standby), Some(start + STANDBY_GAP));
-        prober.hurry(start + Duration::from_secs(1));
+        prober.ping_now(start + Duration::from_secs(1));
         assert_eq!(prober.next_timeout(Pace::Standby), Some(start + Duration::from_secs(1)));
     }
 }

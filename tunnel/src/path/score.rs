@@ -1,14 +1,14 @@
 //! Which of two working paths is better.
 //!
-//! Direct beats relayed, whatever the round trips: the relay's capacity is shared, and its TCP adds stalls that a ping
-//! does not show. Among equals the round trip decides, with hysteresis, so that noise moves nothing; IPv6 breaks the
-//! tie at the start, for it has no NAT mapping to lose.
+//! Direct beats relayed, whatever the round trips: the relay's capacity is shared, and its TCP adds stalls that pings do
+//! not show. Otherwise the round trip decides, with hysteresis, so that noise does not move the data; initially IPv6
+//! breaks ties, because it has no NAT mapping to lose.
 
 use std::{cmp::Ordering, time::Duration};
 
 use super::PathKind;
 
-/// What is known of a path that works.
+/// The properties of a working path.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Score {
     pub(crate) kind: PathKind,

@@ -1,4 +1,4 @@
-//! Keeps a relay connection up and carries frames.
+//! Maintains the relay connection and exchanges frames over it.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -11,32 +11,32 @@ use x25519_dalek::PublicKey;
 use super::{RelayChannel, RelayConnector, frame};
 use crate::{driver::Shared, path::PathKind, random::Random};
 
-/// Time between two attempts, doubled at each failure up to the second; each is shortened by up to half, at random, so
-/// that a restarted server is not met by everybody at once.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// The pause between attempts doubles from the first to the second. Each is randomly shortened by up to half, so that
+/// not all clients reconnect to a restarted server at once.
+const MIN_PAUSE: Duration = Duration::from_millis(250);
+const MAX_PAUSE: Duration = Duration::from_secs(10);
 
-/// A connection that has stood this long was a good one: the pauses begin anew.
-const GOOD: Duration = Duration::from_secs(10);
+/// A connection that lasted this long resets the backoff.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// How long one attempt may take.
+/// For one attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long the relay may take no byte before the connection counts as dead.
+/// A connection on which no byte can be written for this long is dead.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Frames written before they are flushed.
 const WRITE_BATCH: usize = 8;
 
-/// Keeps a relay connection up until the node ends. A change of the host's network drops the connection, since it would
-/// only time out, and cuts a pause short.
+/// Maintains the relay connection until the node ends. When the host's network changes, drops the connection, which would
+/// otherwise have to time out, and ends a pause early.
 pub(crate) async fn run(shared: &Arc<Shared>, connector: impl RelayConnector) {
     let mut network = shared.network.subscribe();
-    // Which pause, not how long any secret lives: the clock is random enough.
+    // Only for jitter, so the clock is random enough.
     let mut random = Random::new(
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64),
     );
-    let mut pause = FIRST_PAUSE;
+    let mut pause = MIN_PAUSE;
     loop {
         network.mark_unchanged();
         let attempt = tokio::select! {
@@ -51,29 +51,29 @@ pub(crate) async fn run(shared: &Arc<Shared>, connector: impl RelayConnector) {
                 let ended = tokio::select! {
                     () = shared.ended.cancelled() => return set_up(shared, false),
                     _ = network.changed() => None,
-                    ended = carry(shared, channel) => Some(ended),
+                    ended = exchange(shared, channel) => Some(ended),
                 };
                 set_up(shared, false);
                 match ended {
                     None => {
-                        info!("the network changed: connecting to the relay anew");
-                        pause = FIRST_PAUSE;
+                        info!("the network has changed; reconnecting to the relay");
+                        pause = MIN_PAUSE;
                         continue;
                     }
                     Some(Ok(())) => info!("the relay connection ended"),
                     Some(Err(error)) => info!(%error, "the relay connection broke"),
                 }
-                if since.elapsed() >= GOOD {
-                    pause = FIRST_PAUSE;
+                if since.elapsed() >= STABLE_AFTER {
+                    pause = MIN_PAUSE;
                 }
             }
             Err(error) => debug!(%error, "cannot connect to the relay"),
         }
         let shortened = pause.mul_f64(1.0 - random.below(500) as f64 / 1000.0);
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(MAX_PAUSE);
         tokio::select! {
             () = shared.ended.cancelled() => return,
-            _ = network.changed() => pause = FIRST_PAUSE,
+            _ = network.changed() => pause = MIN_PAUSE,
             () = tokio::time::sleep(shortened) => {}
         }
     }
@@ -88,14 +88,14 @@ fn set_up(shared: &Shared, up: bool) {
         core.netstack.set_blocked(peer, false);
     }
     if up {
-        core.netstack.hurry(now, None);
+        core.netstack.retransmit_now(now, None);
     }
     drop(core);
     shared.wake();
 }
 
-/// Carries frames both ways until one way ends.
-async fn carry(shared: &Shared, (sink, stream): RelayChannel) -> io::Result<()> {
+/// Sends and receives frames until either direction ends.
+async fn exchange(shared: &Shared, (sink, stream): RelayChannel) -> io::Result<()> {
     tokio::select! {
         ended = send(shared, sink) => ended,
         ended = receive(shared, stream) => ended,
@@ -143,7 +143,7 @@ async fn receive(
     mut stream: std::pin::Pin<Box<dyn futures_util::Stream<Item = io::Result<Bytes>> + Send>>,
 ) -> io::Result<()> {
     while let Some(message) = stream.next().await {
-        // In place when nobody else holds the message, as is usual.
+        // Does not copy unless the message is shared, which is unusual.
         let mut message = BytesMut::from(message?);
         handle_message(shared, &mut message)?;
         shared.wake();

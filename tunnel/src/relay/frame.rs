@@ -13,9 +13,9 @@
 //!
 //! **Peer absent** (server to client): the key names a peer that is not connected; the body is empty.
 //!
-//! A message is at most [`MAX_MESSAGE`] bytes. The version comes before anything that has a length, so that text from
-//! a proxy that answers in the server's place is told apart from a frame at its first byte. Whoever gets a frame that
-//! does not decode closes the connection: between the two ends of a WebSocket, nothing is damaged on the way.
+//! A message is at most [`MAX_MESSAGE`] bytes. The version comes first, so that text from a proxy that answers in the
+//! server's place is recognised at its first byte. The receiver of a frame that does not decode closes the connection,
+//! because a WebSocket does not corrupt messages in transit.
 //!
 //! Test vector, a frame with the packets `aa` and `bb cc` and a key of 32 bytes `07`:
 //!
@@ -23,7 +23,7 @@
 //! 01 01  07 × 32  00 01 aa  00 02 bb cc
 //! ```
 
-/// The WebSocket subprotocol that speaks these frames.
+/// The WebSocket subprotocol of these frames.
 pub const SUBPROTOCOL: &str = "loom.relay.v1";
 
 /// The first byte of each frame.
@@ -35,14 +35,14 @@ pub const HEADER_LEN: usize = 34;
 /// Bytes before each packet in a body.
 pub const PACKET_HEADER_LEN: usize = 2;
 
-/// The longest message: a batch of some fifty packets, yet small enough that one sender's turn is short.
+/// In bytes: a batch of some fifty packets, yet small enough that one sender's turn is short.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
 const TYPE_PACKETS: u8 = 1;
 const TYPE_PEER_ABSENT: u8 = 2;
 const KEY: std::ops::Range<usize> = 2..HEADER_LEN;
 
-/// A frame that has been checked whole.
+/// A decoded and completely validated frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Frame<'a> {
     /// Packets to or from a peer.
@@ -68,7 +68,7 @@ pub enum FrameError {
     /// Longer than [`MAX_MESSAGE`].
     #[error("the frame has {0} bytes, more than the {MAX_MESSAGE} allowed")]
     TooLong(usize),
-    /// Made by a later protocol, or by something that is no relay.
+    /// From a later protocol version, or not from a relay at all.
     #[error("the frame's version is {0}, not {VERSION}")]
     Version(u8),
     /// A type that this version does not have.
@@ -129,7 +129,7 @@ pub fn decode(message: &[u8]) -> Result<Frame<'_>, FrameError> {
     }
 }
 
-/// Puts another key into an encoded frame: what the server does before it forwards one.
+/// Replaces the key in an encoded frame, as the server does before it forwards one.
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
-//! The relay: ciphertext through the server, when UDP cannot go straight.
+//! The relay: ciphertext through the server, for when direct UDP does not work.
 //!
-//! [`frame`] is what stands on the wire, the server's half of it too. `client` keeps the connection that an
-//! application's [`RelayConnector`] opens, and `queue` is what waits to be written to it.
+//! [`frame`] is the wire format, also used by the server. `client` maintains the connection that the application's
+//! [`RelayConnector`] opens, and `queue` has the frames waiting to be written to it.
 
 pub(crate) mod client;
 pub mod frame;
@@ -16,7 +16,7 @@ use futures_util::{Sink, Stream};
 pub type RelayChannel =
     (Pin<Box<dyn Sink<Bytes, Error = io::Error> + Send>>, Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>);
 
-/// Opens relay connections; the application brings TLS, proxies and credentials.
+/// Opens relay connections; implemented by the application, which handles TLS, proxies and credentials.
 pub trait RelayConnector: Send + Sync + 'static {
     /// Makes one attempt to connect.
     fn connect(&self) -> impl Future<Output = io::Result<RelayChannel>> + Send;

@@ -1,8 +1,8 @@
-//! What waits to be written to the relay.
+//! The queue of frames waiting to be written to the relay.
 //!
-//! Packets for one peer that follow each other share a frame. The queue is bounded in bytes: when it is half full the
-//! driver stops making TCP segments for the peer, so that nothing is lost to a slow relay, and when it is full
-//! nevertheless (handshakes, many peers) the oldest frame goes.
+//! Consecutive packets for one peer share a frame. The queue is bounded in bytes: when it is half full the driver stops
+//! making TCP segments for the peer, so that a slow relay loses no data, and when it is full nevertheless (handshakes,
+//! many peers) the oldest frame is dropped.
 
 use std::{collections::VecDeque, net::Ipv6Addr};
 
@@ -11,31 +11,31 @@ use x25519_dalek::PublicKey;
 
 use super::frame;
 
-/// Where TCP stops, in bytes: enough to keep a gigabit busy for the 2 ms until the writer runs again.
-const FULL: usize = 256 << 10;
+/// In bytes; above this TCP pauses. Enough to keep a gigabit busy for the 2 ms until the writer runs again.
+const HIGH_WATER: usize = 256 << 10;
 
-/// Queued bytes below which stopped TCP connections continue.
-const LOW: usize = 64 << 10;
+/// In bytes; below this paused TCP connections continue.
+const LOW_WATER: usize = 64 << 10;
 
-/// The most bytes that may be queued.
-const MAX: usize = 512 << 10;
+/// Above this the oldest frames are dropped.
+const MAX_BYTES: usize = 512 << 10;
 
-/// Frames grow to this size: large enough that the server's work per frame does not show, small enough that dropping
-/// one is no disaster.
-const FRAME: usize = 32 << 10;
+/// Frames grow to this size, in bytes: large enough that the server's work per frame does not matter, small enough that
+/// losing one does not either.
+const FRAME_SIZE: usize = 32 << 10;
 
-/// Frames on their way to the relay.
+/// Frames for the relay.
 #[derive(Default)]
 pub(crate) struct RelayQueue {
     frames: VecDeque<(PublicKey, Vec<u8>)>,
     bytes: usize,
-    /// Peers whose TCP waits for room.
+    /// Peers whose TCP is paused.
     blocked: Vec<Ipv6Addr>,
     up: bool,
 }
 
 impl RelayQueue {
-    /// The relay came or went; a queue without a relay holds nothing.
+    /// The relay was connected or lost; without a relay the queue stays empty.
     pub(crate) fn set_up(&mut self, up: bool) {
         self.up = up;
         self.frames.clear();
@@ -47,56 +47,55 @@ impl RelayQueue {
         if !self.up || segment == 0 {
             return;
         }
-        let per_frame = (FRAME / (segment + frame::PACKET_HEADER_LEN)).max(1);
+        let per_frame = (FRAME_SIZE / (segment + frame::PACKET_HEADER_LEN)).max(1);
         for part in batch.chunks(segment * per_frame) {
             let mut encoded = Vec::new();
             if frame::encode_packets(peer.as_bytes(), part, segment, &mut encoded).is_err() {
-                // Longer than any frame: no packet of ours is.
+                // Longer than a frame; we never send such a packet.
                 continue;
             }
             self.bytes += encoded.len();
             match self.frames.back_mut() {
-                Some((last, frame)) if last == peer && frame.len() + encoded.len() <= FRAME => {
+                Some((last, frame)) if last == peer && frame.len() + encoded.len() <= FRAME_SIZE => {
                     frame.extend_from_slice(&encoded[frame::HEADER_LEN..]);
                     self.bytes -= frame::HEADER_LEN;
                 }
                 _ => self.frames.push_back((*peer, encoded)),
             }
         }
-        while self.bytes > MAX
+        while self.bytes > MAX_BYTES
             && let Some((_, oldest)) = self.frames.pop_front()
         {
             self.bytes -= oldest.len();
         }
     }
 
-    /// Takes the oldest frame out.
+    /// Removes and returns the oldest frame.
     pub(crate) fn pop(&mut self) -> Option<Bytes> {
         let (_, frame) = self.frames.pop_front()?;
         self.bytes -= frame.len();
         Some(frame.into())
     }
 
-    /// Whether nothing waits.
     pub(crate) fn is_empty(&self) -> bool {
         self.frames.is_empty()
     }
 
-    /// Whether TCP should stop.
+    /// Whether TCP should pause.
     pub(crate) fn is_full(&self) -> bool {
-        self.bytes >= FULL
+        self.bytes >= HIGH_WATER
     }
 
-    /// Remembers a peer whose TCP has stopped.
+    /// Records a peer whose TCP is paused.
     pub(crate) fn note_blocked(&mut self, peer: Ipv6Addr) {
         if !self.blocked.contains(&peer) {
             self.blocked.push(peer);
         }
     }
 
-    /// The peers whose TCP may go on, once there is room again.
+    /// The peers whose TCP may continue, once there is room again.
     pub(crate) fn take_unblocked(&mut self) -> Vec<Ipv6Addr> {
-        if self.bytes > LOW { Vec::new() } else { std::mem::take(&mut self.blocked) }
+        if self.bytes > LOW_WATER { Vec::new() } else { std::mem::take(&mut self.blocked) }
     }
 }
 
@@ -134,7 +133,7 @@ mod tests {
         let (mut queue, peer) = queue();
         for number in 0..=255u8 {
             queue.push(&peer, 1000, &[number; 60_000]);
-            assert!(queue.bytes <= MAX);
+            assert!(queue.bytes <= MAX_BYTES);
         }
         let mut last = Bytes::new();
         let mut bytes = 0;
@@ -142,7 +141,7 @@ mod tests {
             bytes += frame.len();
             last = frame;
         }
-        assert!(bytes > MAX - 2 * FRAME);
+        assert!(bytes > MAX_BYTES - 2 * FRAME_SIZE);
         assert_eq!((last.last(), queue.bytes), (Some(&255), 0));
     }
 

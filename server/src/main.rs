@@ -49,6 +49,14 @@ enum Command {
         #[arg(long)]
         probe: bool,
     },
+    /// Says why the agents of local weavers will not accept the server's certificate, if they will not.
+    #[command(hide = true)]
+    LocalTrust {
+        /// Where they reach the server.
+        url: String,
+        /// Its certificate chain.
+        chain: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -61,6 +69,7 @@ fn main() -> ExitCode {
         Some(Command::LocalInit { probe }) => {
             local::init(probe).map(|code| ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
         }
+        Some(Command::LocalTrust { url, chain }) => local::say_doubt(&url, &chain).map(|()| ExitCode::SUCCESS),
         Some(Command::User(command)) => blocking(manage::run(cli.settings, manage::Command::User(command))),
         Some(Command::Org(command)) => blocking(manage::run(cli.settings, manage::Command::Org(command))),
         Some(Command::Token(command)) => blocking(manage::run(cli.settings, manage::Command::Token(command))),

@@ -52,6 +52,7 @@ use self::directory::{Directories, New};
 use super::{PodInfo, PodObservation, PodPhase, PodSpec, ProvisionError, Provisioner, ResolvedImage};
 use crate::{fault, listener::tls};
 pub use config::{Config, DEFAULT_IMAGE, Network, Settings};
+pub use trust::say_doubt;
 
 /// How long a supervisor may take to end what it runs before it is killed.
 const GRACE: Duration = Duration::from_secs(12);
@@ -128,7 +129,7 @@ impl Local {
         let chain = tls.map(|files| files.certificate.as_path());
         let server_authorities = trust::authorities(config.agent_ca.as_deref(), chain)?;
         if let (Some(chain), Some(authorities)) = (chain, &server_authorities) {
-            warnings.extend(trust::doubt(&server_url, chain, authorities)?);
+            warnings.extend(trust::doubt(&server_url, chain, authorities).await?);
         }
         let local = Self {
             directories: Arc::new(directories),

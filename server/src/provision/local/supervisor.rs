@@ -23,7 +23,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{LocalSpec, LocalStatus, directory::write_atomically, namespaces};
+use super::{LocalSpec, LocalStatus, directory::write_atomically, namespaces, trust};
 
 /// How long the host may take after it was asked to end.
 const HOST_GRACE: Duration = Duration::from_secs(5);
@@ -180,7 +180,7 @@ fn start_sidecar(spec: &LocalSpec, host_pid: i32) -> Result<Child> {
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")
         .stdin(Stdio::null());
     if let Some(authorities) = &spec.server_authorities {
-        command.env("LOOM_SERVER_CA", authorities);
+        command.env(trust::AUTHORITIES, authorities);
     }
     if !spec.repositories.is_empty() {
         command.env("LOOM_FILE_REPOSITORIES", std::env::join_paths(&spec.repositories)?);

@@ -116,6 +116,7 @@ impl App {
             }
             None => None,
         };
+        let changes = api::completion::Changes::new(Arc::clone(&metrics));
         let listen_file = config.data_dir.join("listen");
         let state = AppState::new(Shared {
             config,
@@ -133,6 +134,7 @@ impl App {
             admission,
             deadlines,
             device_limits: api::device::DeviceLimits::default(),
+            changes,
             stopping: CancellationToken::new(),
         });
         if let Some(listener) = metrics_listener {
@@ -153,7 +155,10 @@ impl App {
     /// When one of the tasks beside requests ends.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
         let Self { state, listener, mut tasks } = self;
-        let serving = listener.serve(api::router(state.clone()), state.stopping.clone());
+        let serving = async {
+            listener.serve(api::router(state.clone()), state.stopping.clone()).await;
+            state.changes.completed().await;
+        };
         let stopped = async {
             stop.await;
             tracing::info!("stopping; weavers go on running");

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admission::Admission, agents::Hub, api::device::DeviceLimits, config::Config, events::Events, metrics::Metrics,
+    admission::Admission, agents::Hub, api::{completion::Changes, device::DeviceLimits}, config::Config, events::Events, metrics::Metrics,
     provision::Provisioner, reconcile::Reconciler, relay::Relay, secrets::Secrets, sessions::Sessions, store::Store,
     streams::Streams,
 };
@@ -54,6 +54,8 @@ pub struct Shared {
     pub deadlines: mpsc::Sender<WeaverId>,
     /// What each address may do about device logins.
     pub device_limits: DeviceLimits,
+    /// Requests that change something, which run to their end also without their clients.
+    pub changes: Changes,
     /// The server is stopping.
     pub stopping: CancellationToken,
 }

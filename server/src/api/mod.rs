@@ -2,11 +2,12 @@
 //!
 //! Handlers are where their subject is: [`weavers`], [`events`], [`logs`], [`attach`] and [`tunnels`] for users,
 //! [`agents`] and [`streams`] for agents, [`relay`] for both, [`login`] and [`device`] for those who are not in yet.
-//! [`auth`] says who is asking.
+//! [`auth`] says who is asking, and [`completion`] lets changes run to their end.
 
 pub mod agents;
 pub mod attach;
 pub mod auth;
+pub mod completion;
 pub mod device;
 pub mod events;
 pub mod login;
@@ -22,6 +23,7 @@ use axum::{
     body::Bytes,
     extract::{DefaultBodyLimit, FromRequest, Request, State, rejection::JsonRejection},
     http::{Method, StatusCode, Uri},
+    middleware::from_fn_with_state,
     response::{IntoResponse as _, Response},
 };
 use loom_api::{ApiError, ErrorBody, ErrorCode, PROTOCOL_VERSION, weaver::VersionInfo};
@@ -70,6 +72,7 @@ pub fn router(app: AppState) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(from_fn_with_state(app.changes.clone(), completion::complete))
         .with_state(app)
 }
 

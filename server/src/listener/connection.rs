@@ -115,6 +115,10 @@ impl Front {
     }
 }
 
+/// The place of a request's connection. It is not free for another before this is dropped.
+#[derive(Clone)]
+pub struct HeldPlace(#[expect(dead_code, reason = "it is only held")] Arc<Place>);
+
 /// The requests of one connection, and their answers.
 pub(super) struct Exchange {
     front: Arc<Front>,
@@ -220,6 +224,7 @@ impl Exchange {
             self.client
         });
         request.extensions_mut().insert(client);
+        request.extensions_mut().insert(HeldPlace(Arc::clone(&self.place)));
         let counted = self.proxied.then(|| self.front.requests.take(Some(client.network()))).transpose();
         let Ok(counted) = counted else {
             self.front.note(client.0, Refusal::Requests, "a request was refused");

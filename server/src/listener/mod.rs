@@ -42,6 +42,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use address::ClientAddress;
 use connection::Front;
+pub use connection::HeldPlace;
 pub use refusal::Refusals;
 pub use settings::{Config, ProxySays, Settings};
 

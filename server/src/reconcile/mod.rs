@@ -320,10 +320,11 @@ impl Reconciler {
         }
     }
 
-    /// Cuts an ended weaver off, and has its pod removed.
+    /// Has the pod of an ended weaver removed, and cuts it off until then.
     async fn clean_up(&self, weaver: WeaverId) -> Result<()> {
-        self.admission.end(weaver).await?;
+        // First: a step cuts it off too, and is taken again until it succeeds.
         self.ring(weaver).await;
+        self.admission.end(weaver).await?;
         Ok(())
     }
 }

@@ -68,7 +68,7 @@ impl Hub {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Sends a message to an agent; whether its link is up.
+    /// Sends a message to an agent that it may miss; whether its link takes it.
     pub fn send(&self, weaver: WeaverId, message: ServerMessage) -> bool {
         self.links().get(&weaver).is_some_and(|link| link.outbox.try_send(message).is_ok())
     }
@@ -103,6 +103,20 @@ impl Hub {
         if links.get_mut(&weaver).is_some_and(|link| link.send_grant(serial, grant).is_err()) {
             links.remove(&weaver);
         }
+    }
+
+    /// Tells an agent something that it must not miss. One with too much to be told already is told all of it anew, as
+    /// with [`Self::tell_grant`].
+    pub fn tell(&self, weaver: WeaverId, message: ServerMessage) {
+        let mut links = self.links();
+        if links.get(&weaver).is_some_and(|link| link.outbox.try_send(message).is_err()) {
+            links.remove(&weaver);
+        }
+    }
+
+    /// Ends an agent's link. The agent comes back, and is told everything anew.
+    pub fn hang_up(&self, weaver: WeaverId) {
+        self.links().remove(&weaver);
     }
 
     pub fn is_connected(&self, weaver: WeaverId) -> bool {
@@ -204,6 +218,19 @@ mod tests {
             "expires_at": "2030-01-01T00:00:00Z", "user": "ada",
         }))
         .expect("a grant")
+    }
+
+    #[tokio::test]
+    async fn an_agent_with_too_much_to_be_told_misses_no_revocation() {
+        let (hub, weaver) = (Hub::default(), WeaverId::generate());
+        let (_, mut inbox) = hub.connect(weaver, String::new());
+        while hub.send(weaver, ServerMessage::GoAway { reconnect_after_ms: 0 }) {}
+        hub.tell(weaver, ServerMessage::Revoke { public_key: loom_api::WireGuardKey([1; 32]) });
+        assert!(!hub.is_connected(weaver));
+        for _ in 0..OUTBOX {
+            inbox.recv().await.expect("what was said before");
+        }
+        assert!(inbox.recv().await.is_none(), "the link ends, and the next one begins with all grants");
     }
 
     #[tokio::test]

@@ -54,6 +54,14 @@ impl Relay {
         self.peers_mut().insert(agent, device, until);
     }
 
+    /// Moves the end of all that an agent is permitted.
+    pub fn extend(&self, agent: WireGuardKey, until: Timestamp) {
+        let mut peers = self.peers_mut();
+        for (device, _) in peers.of(agent) {
+            peers.insert(agent, device, until);
+        }
+    }
+
     /// Takes that back.
     pub fn forbid(&self, agent: WireGuardKey, device: WireGuardKey) {
         self.peers_mut().remove(agent, device);

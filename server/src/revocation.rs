@@ -7,12 +7,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{MissedTickBehavior, interval};
+use anyhow::Context as _;
+use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::{admission::Admission, reconcile::Reconciler, sessions::Sessions, store::Store};
 
 /// Between two looks. What has lost its rights ends within a second.
 const LOOK: Duration = Duration::from_millis(250);
+/// Before a look that failed is repeated.
+const RETRY: Duration = Duration::from_secs(1);
 
 pub struct Revocation {
     pub store: Store,
@@ -30,8 +33,9 @@ impl Revocation {
         loop {
             tick.tick().await;
             if let Err(error) = self.look(&mut completed).await {
-                tracing::error!("what lost its rights could not be ended, and is tried again: {error:#}");
+                tracing::error!("what lost its rights is ended again in {RETRY:?}: {error:#}");
                 completed = None;
+                sleep(RETRY).await;
             }
         }
     }
@@ -56,16 +60,21 @@ impl Revocation {
     }
 
     async fn take_back_grants(&self) -> anyhow::Result<()> {
+        // What fails must not keep the others.
+        let mut failures = Vec::new();
         for lost in self.store.lost_grants().await? {
             tracing::info!(weaver = %lost.weaver, device = %lost.device, "a device is shut out");
-            self.admission.shut_out(lost.user, lost.weaver, lost.device).await?;
+            let done = self.admission.shut_out(lost.user, lost.weaver, lost.device).await;
+            failures.extend(done.context("a grant").err());
         }
         for (user, device) in self.store.orphaned_devices().await? {
-            self.admission.revoke_device(user, device).await?;
+            failures.extend(self.admission.revoke_device(user, device).await.context("a device").err());
         }
         for weaver in self.store.orphaned_weavers().await? {
-            self.reconciler.delete(weaver, "the operator, who removed its owner").await?;
+            let done = self.reconciler.delete(weaver, "the operator, who removed its owner").await;
+            failures.extend(done.with_context(|| format!("the weaver {weaver}")).err());
         }
-        Ok(())
+        let count = failures.len();
+        failures.pop().map_or(Ok(()), |last| Err(last.context(format!("{count} failed, the last of them"))))
     }
 }

@@ -7,8 +7,18 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admission::Admission, agents::Hub, api::{completion::Changes, device::DeviceLimits}, config::Config, events::Events, metrics::Metrics,
-    provision::Provisioner, reconcile::Reconciler, relay::Relay, secrets::Secrets, sessions::Sessions, store::Store,
+    admission::Admission,
+    agents::Hub,
+    api::{completion::Changes, device::DeviceLimits},
+    config::Config,
+    events::Events,
+    metrics::Metrics,
+    provision::Provisioner,
+    reconcile::Reconciler,
+    relay::Relay,
+    secrets::Secrets,
+    sessions::Sessions,
+    store::Store,
     streams::Streams,
 };
 

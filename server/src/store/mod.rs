@@ -196,6 +196,19 @@ pub(crate) mod tests {
 
     use super::*;
 
+    pub(crate) use super::weavers::tests::added;
+
+    impl Store {
+        /// Makes the row of a weaver unreadable.
+        pub(crate) async fn garble(&self, weaver: loom_api::WeaverId) {
+            sqlx::query("UPDATE weavers SET status = 'nonsense' WHERE id = ?")
+                .bind(weaver.to_string())
+                .execute(self.writer())
+                .await
+                .expect("written");
+        }
+    }
+
     /// A store in a directory of its own.
     pub(crate) async fn temporary() -> (tempfile::TempDir, Store) {
         let directory = tempfile::tempdir().expect("a directory");

@@ -73,9 +73,9 @@ type GrantRow = (String, String, String, String, i64, String);
 macro_rules! select_grants {
     ($rest:literal) => {
         concat!(
-            "SELECT g.weaver_id, g.public_key, d.address, g.candidates, g.expires_at, u.name \
+            "SELECT g.weaver_id, g.public_key, d.address, g.candidates, w.expires_at, u.name \
              FROM grants g JOIN devices d ON d.public_key = g.public_key JOIN users u ON u.id = d.user_id \
-             JOIN weavers w ON w.id = g.weaver_id WHERE w.ended_at IS NULL AND g.expires_at > ? ",
+             JOIN weavers w ON w.id = g.weaver_id WHERE w.ended_at IS NULL AND w.expires_at > ? ",
             $rest
         )
     };
@@ -118,14 +118,13 @@ impl Store {
         .execute(&mut *transaction)
         .await?;
         sqlx::query(
-            "INSERT INTO grants (weaver_id, public_key, candidates, expires_at, token_id) VALUES (?, ?, ?, ?, ?) \
+            "INSERT INTO grants (weaver_id, public_key, candidates, token_id) VALUES (?, ?, ?, ?) \
              ON CONFLICT (weaver_id, public_key) DO UPDATE SET candidates = excluded.candidates, \
-             expires_at = excluded.expires_at, token_id = excluded.token_id",
+             token_id = excluded.token_id",
         )
         .bind(weaver.to_string())
         .bind(key.to_string())
         .bind(candidates)
-        .bind(millis(found.expires_at))
         .bind(token)
         .execute(&mut *transaction)
         .await?;
@@ -209,26 +208,31 @@ impl Store {
         weavers.iter().map(|id| parsed(id)).collect()
     }
 
-    /// The devices that have not been used since `time` and can reach no weaver, with their users.
-    pub async fn unused_devices(&self, time: Timestamp) -> sqlx::Result<Vec<(UserId, WireGuardKey)>> {
-        let rows: Vec<(String, String)> = sqlx::query_as(
-            "SELECT user_id, public_key FROM devices d WHERE last_used_at < ? \
-             AND NOT EXISTS (SELECT 1 FROM grants g WHERE g.public_key = d.public_key) LIMIT 1000",
+    /// Forgets devices that have not been used since `time` and can reach no weaver, a thousand at most; those.
+    pub async fn remove_unused_devices(&self, time: Timestamp) -> sqlx::Result<Vec<WireGuardKey>> {
+        let mut transaction = self.begin_write().await?;
+        let keys: Vec<String> = sqlx::query_scalar(
+            "DELETE FROM devices WHERE public_key IN (SELECT public_key FROM devices d WHERE last_used_at < ? \
+             AND NOT EXISTS (SELECT 1 FROM grants g WHERE g.public_key = d.public_key) LIMIT 1000) \
+             RETURNING public_key",
         )
         .bind(millis(time))
-        .fetch_all(self.reader())
+        .fetch_all(&mut *transaction)
         .await?;
-        rows.iter().map(|(user, key)| Ok((parsed(user)?, parsed(key)?))).collect()
+        for key in &keys {
+            sqlx::query("DELETE FROM wireguard_keys WHERE public_key = ?").bind(key).execute(&mut *transaction).await?;
+        }
+        transaction.commit().await?;
+        keys.iter().map(|key| parsed(key)).collect()
     }
 
-    /// Moves the end of all grants of a weaver to its own; those grants.
-    pub async fn move_grants(&self, weaver: WeaverId, until: Timestamp) -> sqlx::Result<()> {
-        sqlx::query("UPDATE grants SET expires_at = ? WHERE weaver_id = ?")
-            .bind(millis(until))
+    /// The key of the agent of a weaver, also of one whose row cannot be read.
+    pub async fn agent_key(&self, weaver: WeaverId) -> sqlx::Result<Option<WireGuardKey>> {
+        let key: Option<Option<String>> = sqlx::query_scalar("SELECT wireguard_key FROM weavers WHERE id = ?")
             .bind(weaver.to_string())
-            .execute(self.writer())
-            .await
-            .map(drop)
+            .fetch_optional(self.reader())
+            .await?;
+        key.flatten().map(|key| parsed(&key)).transpose()
     }
 
     /// Ends a grant, if `user` owns the device; whether there was one.
@@ -298,8 +302,8 @@ impl Store {
     /// All keys that may talk to each other.
     pub async fn pairs(&self) -> sqlx::Result<Vec<Pair>> {
         let rows: Vec<(String, String, i64)> = sqlx::query_as(
-            "SELECT w.wireguard_key, g.public_key, g.expires_at FROM grants g JOIN weavers w ON w.id = g.weaver_id \
-             WHERE w.ended_at IS NULL AND w.wireguard_key IS NOT NULL AND g.expires_at > ?",
+            "SELECT w.wireguard_key, g.public_key, w.expires_at FROM grants g JOIN weavers w ON w.id = g.weaver_id \
+             WHERE w.ended_at IS NULL AND w.wireguard_key IS NOT NULL AND w.expires_at > ?",
         )
         .bind(millis(Timestamp::now()))
         .fetch_all(self.reader())
@@ -365,11 +369,33 @@ fn live_grant((weaver, device, address, candidates, expires_at, user): GrantRow)
 mod tests {
     use std::time::Duration;
 
+    use jiff::SignedDuration;
+    use loom_api::login::TokenKind;
+
     use super::*;
     use crate::store::{
         tests::temporary,
         weavers::tests::{added, end, user},
     };
+
+    #[tokio::test]
+    async fn a_device_that_can_reach_a_weaver_is_not_forgotten_however_long_it_is_unused() {
+        let (_directory, store) = temporary().await;
+        let owner = user(&store).await;
+        let weaver = added(&store, owner, None).await.id;
+        store.register_agent(weaver, "1.0", WireGuardKey([7; 32])).await.expect("registered");
+        let token = store.add_user_token(owner.0, "ci", TokenKind::Api, None).await.expect("made");
+        let token = store.token(token.expose()).await.expect("read").expect("found").id;
+        let [unused, used] = [1, 2].map(|byte| WireGuardKey([byte; 32]));
+        for device in [unused, used] {
+            store.admit(owner.0, weaver, device, true, &[], token).await.expect("admitted");
+        }
+        store.remove_grant(owner.0, weaver, unused).await.expect("removed");
+        let later = Timestamp::now() + SignedDuration::from_secs(1);
+        assert_eq!(store.remove_unused_devices(later).await.expect("removed"), [unused]);
+        assert_eq!(store.key_owner(unused).await.expect("read"), None);
+        assert_eq!(store.key_owner(used).await.expect("read"), Some(KeyOwner::User(owner.0)));
+    }
 
     #[tokio::test]
     async fn cutting_off_an_ended_weaver_again_writes_nothing() {

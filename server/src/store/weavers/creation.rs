@@ -169,7 +169,7 @@ async fn reached(
 }
 
 #[cfg(test)]
-pub(in crate::store) mod tests {
+pub(crate) mod tests {
     use loom_api::{OrgId, weaver::EventKind};
 
     use super::*;
@@ -200,7 +200,7 @@ pub(in crate::store) mod tests {
     }
 
     /// A new weaver.
-    pub(in crate::store) async fn added(store: &Store, owner: (UserId, OrgId), name: Option<&str>) -> Weaver {
+    pub(crate) async fn added(store: &Store, owner: (UserId, OrgId), name: Option<&str>) -> Weaver {
         match add(store, owner, name, None).await {
             Added::New(weaver) => weaver,
             other => panic!("{other:?}"),

@@ -241,10 +241,11 @@ fn fitting_limit() -> i64 {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use jiff::SignedDuration;
 
-    pub(in crate::store) use super::creation::tests::{added, user};
+    pub(crate) use super::creation::tests::added;
+    pub(in crate::store) use super::creation::tests::user;
     use super::{super::tests::temporary, *};
     use crate::weaver::Ending;
 

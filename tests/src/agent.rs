@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
-use crate::{System, Weaver, keys::KeyPair, processes, system::PATIENCE};
+use crate::{System, Weaver, keys::KeyPair, processes, system::TIMEOUT};
 
 /// Has taken the place of a weaver's sidecar. The real one goes on, and registers again, when it is dropped.
 pub struct Agent<'a> {
@@ -108,7 +108,7 @@ impl ControlLink {
 
     /// Waits until the server has ended the link.
     pub fn ended(mut self) -> Result<()> {
-        self.socket.get_ref().set_read_timeout(Some(PATIENCE))?;
+        self.socket.get_ref().set_read_timeout(Some(TIMEOUT))?;
         loop {
             match self.socket.read() {
                 Ok(_) => {}

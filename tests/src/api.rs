@@ -1,4 +1,4 @@
-//! The HTTP API as another program than ours would use it: with `curl`, and a WebSocket library for attach.
+//! The HTTP API as used by a program other than ours: with `curl`, and a WebSocket library for attach.
 
 use std::{collections::BTreeMap, fmt::Write as _, net::TcpStream, process::Command};
 
@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tungstenite::{ClientRequestBuilder, Message, WebSocket};
 
-use crate::{System, Weaver, system::PATIENCE, system::output_with_input};
+use crate::{System, Weaver, system::TIMEOUT, system::output_with_input};
 
 /// The headers that ask for a WebSocket, for requests that are to be refused.
 pub const UPGRADE: [&str; 4] = [
@@ -19,19 +19,17 @@ pub const UPGRADE: [&str; 4] = [
 /// Requests that [`System::request_all`] has under way at the same time.
 const PARALLEL: &str = "8";
 
-/// An answer of the API.
+/// A response of the API.
 #[derive(Debug)]
 pub struct Answer {
-    /// The HTTP status.
     pub status: u16,
-    /// The body, when it is JSON.
+    /// The body, if it is JSON.
     pub body: Value,
 }
 
 /// A page for a browser.
 #[derive(Debug)]
 pub struct Page {
-    /// The HTTP status.
     pub status: u16,
     /// The HTML.
     pub body: String,
@@ -47,19 +45,11 @@ impl Answer {
 
 impl System {
     /// Makes a request with a bearer token, or without one.
-    ///
-    /// # Errors
-    ///
-    /// When there is no answer at all.
     pub fn request(&self, token: Option<&str>, method: &str, path: &str, body: Option<&str>) -> Result<Answer> {
         self.request_with(token, method, path, body, &[])
     }
 
-    /// The same with further headers.
-    ///
-    /// # Errors
-    ///
-    /// When there is no answer at all.
+    /// As [`System::request`], with more headers.
     pub fn request_with(
         &self,
         token: Option<&str>,
@@ -78,7 +68,7 @@ impl System {
         if let Some(body) = body {
             curl.args(["--header", "Content-Type: application/json", "--data-raw", body]);
         }
-        // By standard input, so that the token stands in no process list.
+        // Through standard input, so that the token is in no process list.
         let config = token.map(|token| format!("header = \"Authorization: Bearer {token}\"\n")).unwrap_or_default();
         let output = output_with_input(curl, config.as_bytes())?;
         ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
@@ -89,10 +79,6 @@ impl System {
 
     /// Makes many requests, several at a time, each with a token, a method, a path and a body; how many answers there
     /// were of each HTTP status.
-    ///
-    /// # Errors
-    ///
-    /// When one has no answer at all.
     pub fn request_all(&self, requests: &[(&str, &str, String, String)]) -> Result<BTreeMap<u16, usize>> {
         let mut config = String::new();
         for (token, method, path, body) in requests {
@@ -118,11 +104,7 @@ impl System {
         Ok(answers)
     }
 
-    /// Exchanges a token that signs in once for one that can be used.
-    ///
-    /// # Errors
-    ///
-    /// When the server refuses.
+    /// Exchanges a one-time sign-in token for an API token.
     pub fn sign_in(&self, token: &str) -> Result<String> {
         let answer = self.request(Some(token), "POST", "/api/tokens", Some(r#"{"name":"tests"}"#))?;
         ensure!(answer.status == 201, "signing in: {answer:?}");
@@ -130,10 +112,6 @@ impl System {
     }
 
     /// Approves a device login with a token, as a person does in a browser: fills in both forms at `/login/device`.
-    ///
-    /// # Errors
-    ///
-    /// When the server refuses.
     pub fn approve_login(&self, code: &str, token: &str) -> Result<()> {
         let question = self.login_page(&[&format!("user_code={code}"), "token@-"], token)?;
         let ticket = question.body.split("name=\"ticket\" value=\"").nth(1).and_then(|rest| rest.split('"').next());
@@ -144,10 +122,6 @@ impl System {
     }
 
     /// Sends a form to `/login/device`; `@-` in a field stands for `secret`.
-    ///
-    /// # Errors
-    ///
-    /// When there is no answer at all.
     pub fn login_page(&self, fields: &[&str], secret: &str) -> Result<Page> {
         let mut curl = Command::new("curl");
         curl.args(["-sS", "--noproxy", "*", "--max-time", "30", "--write-out", "\n%{http_code}"]);
@@ -162,20 +136,12 @@ impl System {
         Ok(Page { status: status.parse()?, body: body.to_owned() })
     }
 
-    /// Adds a user besides the administrator; a token of theirs for the API.
-    ///
-    /// # Errors
-    ///
-    /// When the name is taken.
+    /// Adds a user; returns an API token of theirs.
     pub fn add_user(&self, name: &str) -> Result<String> {
         self.sign_in(self.manage(&["user", "add", name])?.trim())
     }
 
-    /// Has the administrator make a weaver, and does not wait for it.
-    ///
-    /// # Errors
-    ///
-    /// When it is not made.
+    /// Creates a weaver as the administrator, and does not wait for it.
     pub fn create_weaver(&self, body: &Value) -> Result<Weaver> {
         let answer = self.request(Some(&self.admin_token()?), "POST", "/api/weavers", Some(&body.to_string()))?;
         ensure!(answer.status == 201, "creating a weaver: {answer:?}");
@@ -183,10 +149,6 @@ impl System {
     }
 
     /// Opens an attach WebSocket, with a subprotocol or without one.
-    ///
-    /// # Errors
-    ///
-    /// When the server refuses.
     pub fn attach_socket(&self, weaver: &Weaver, subprotocol: Option<&str>) -> Result<WebSocket<TcpStream>> {
         self.attach_socket_as(&self.admin_token()?, weaver, subprotocol)
     }
@@ -202,10 +164,6 @@ impl System {
     }
 
     /// Opens a WebSocket with a token.
-    ///
-    /// # Errors
-    ///
-    /// When the server refuses.
     pub fn web_socket(&self, token: &str, path: &str, subprotocol: Option<&str>) -> Result<WebSocket<TcpStream>> {
         let authority = self.url().trim_start_matches("http://").to_owned();
         let uri = format!("ws://{authority}{path}").parse()?;
@@ -214,7 +172,7 @@ impl System {
             request = request.with_sub_protocol(subprotocol);
         }
         let stream = TcpStream::connect(authority)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         let (socket, _) =
             tungstenite::client(request, stream).map_err(|error| anyhow::anyhow!("opening {path}: {error}"))?;
         Ok(socket)
@@ -227,10 +185,6 @@ fn quoted(text: &str) -> String {
 }
 
 /// The figures that a server shows at `address`.
-///
-/// # Errors
-///
-/// When it does not.
 pub fn metrics(address: &str) -> Result<String> {
     let mut curl = Command::new("curl");
     curl.args(["-sS", "--fail", "--noproxy", "*", "--max-time", "10", &format!("http://{address}/metrics")]);
@@ -240,10 +194,6 @@ pub fn metrics(address: &str) -> Result<String> {
 }
 
 /// Reads frames until the text of them contains `wanted`; all that was read.
-///
-/// # Errors
-///
-/// When the connection ends before.
 pub fn read_until(socket: &mut WebSocket<TcpStream>, wanted: &str) -> Result<String> {
     let mut seen = String::new();
     while !seen.contains(wanted) {

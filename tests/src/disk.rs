@@ -14,10 +14,6 @@ pub struct Disk(tempfile::TempDir);
 
 impl Disk {
     /// Mounts one with the options of mount(8), such as `size=512m` or `noexec`. Everybody may enter it.
-    ///
-    /// # Errors
-    ///
-    /// When this user may not mount.
     pub fn mount(options: &str) -> Result<Self> {
         let disk = Self(tempfile::Builder::new().prefix("loom-disk-").tempdir_in("/tmp")?);
         let options = format!("mode=711,{options}");
@@ -36,10 +32,6 @@ impl Disk {
     }
 
     /// Writes until nothing more fits.
-    ///
-    /// # Errors
-    ///
-    /// When nothing can be written from the start.
     pub fn fill(&self) -> Result<()> {
         let mut file = fs::File::create(self.filler())?;
         let block = vec![1; 64 << 10];
@@ -48,10 +40,6 @@ impl Disk {
     }
 
     /// Takes back what filled it.
-    ///
-    /// # Errors
-    ///
-    /// When it was not filled.
     pub fn empty(&self) -> Result<()> {
         Ok(fs::remove_file(self.filler())?)
     }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     System, cluster,
-    system::{PATIENCE, free_port},
+    system::{TIMEOUT, free_port},
     wait::eventually,
 };
 
@@ -54,7 +54,7 @@ impl Repository {
             .spawn()
             .context("starting git daemon")?;
         let repository = Self { daemon, url: format!("git://{address}:{port}/project") };
-        eventually("git's daemon", PATIENCE, || Ok(TcpStream::connect((address, port)).is_ok().then_some(())))?;
+        eventually("git's daemon", TIMEOUT, || Ok(TcpStream::connect((address, port)).is_ok().then_some(())))?;
         Ok(repository)
     }
 

@@ -36,10 +36,6 @@ impl KeyPair {
     }
 
     /// Answers a challenge of the server's.
-    ///
-    /// # Errors
-    ///
-    /// When it is none.
     pub fn answer(&self, challenge: &Value) -> Result<Value> {
         let nonce = challenge["nonce"].as_str().context("a nonce")?;
         let server = STANDARD.decode(challenge["public_key"].as_str().context("a key")?)?;
@@ -59,39 +55,23 @@ impl KeyPair {
 
 impl System {
     /// A challenge for the holder of a key.
-    ///
-    /// # Errors
-    ///
-    /// When there is no answer at all.
     pub fn key_challenge(&self) -> Result<Value> {
         Ok(self.request(None, "GET", "/api/wireguard/challenge", None)?.body)
     }
 
     /// Asks for a device's admission to a weaver, with a proof that its owner holds the key.
-    ///
-    /// # Errors
-    ///
-    /// When there is no answer at all.
     pub fn open_tunnel(&self, token: &str, weaver: &Weaver, device: &KeyPair) -> Result<Answer> {
         let proof = device.answer(&self.key_challenge()?)?;
         self.open_tunnel_with(token, weaver, &json!({"public_key": device.public(), "proof": proof}))
     }
 
     /// The same with any body.
-    ///
-    /// # Errors
-    ///
-    /// When there is no answer at all.
     pub fn open_tunnel_with(&self, token: &str, weaver: &Weaver, body: &Value) -> Result<Answer> {
         self.request(Some(token), "POST", &format!("/api/weavers/{}/tunnel", weaver.id), Some(&body.to_string()))
     }
 
     /// The same for many devices, several at a time, each with its owner's token; how many answers there were of each
     /// HTTP status.
-    ///
-    /// # Errors
-    ///
-    /// When one has no answer at all.
     pub fn open_tunnels(
         &self,
         weaver: &Weaver,

@@ -1,9 +1,9 @@
 //! The harness of the end-to-end tests, the benchmarks and the demo.
 //!
-//! A [`System`] is one whole Loom on this machine: a real `loom-server` on a port of its own, and the real `loom` with
-//! configuration, state and run-time directories of its own, so that several can run side by side and none touches the
-//! developer's. [`terminal::Terminal`] runs a program on a pseudo-terminal and reads its screen as a person would.
-//! [`processes`] looks at `/proc` for what a system started and what it left behind.
+//! A [`System`] is a complete Loom on this machine: a real `loom-server` on its own port, and the real `loom` with its own
+//! configuration, state and runtime directories, so that several can run side by side and none touches the developer's.
+//! [`terminal::Terminal`] runs a program on a pseudo-terminal and reads its screen as a person would. [`processes`] looks
+//! in `/proc` for what a system started and what it left behind.
 //!
 //! Everything is driven through the real binaries; nothing here links the product's code.
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::{
     Weaver,
     cluster::{self, pki, registry},
-    system::PATIENCE,
+    system::TIMEOUT,
     tools,
     wait::eventually,
 };
@@ -60,7 +60,7 @@ impl Namespace {
                 "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels: {{pod-security.kubernetes.io/enforce: restricted}}\n"
             ),
         )?;
-        eventually("the namespace's service account", PATIENCE, || {
+        eventually("the namespace's service account", TIMEOUT, || {
             Ok(self.kubectl(&["get", "serviceaccount", "default"]).is_ok().then_some(()))
         })
     }

@@ -1,16 +1,14 @@
-//! What `/proc` says about processes that belong to one directory: those whose environment, arguments, mounts or
-//! working directory name it.
+//! Finds processes in `/proc` that belong to a directory: those whose environment, arguments, mounts or working directory
+//! name it.
 
 use std::{fs, path::Path};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A process, as far as a test cares.
+/// A process on this machine.
 #[derive(Debug, Clone)]
 pub struct Process {
-    /// Its id on this machine.
     pub pid: i32,
-    /// Its arguments.
     pub arguments: Vec<String>,
 }
 
@@ -21,35 +19,33 @@ impl Process {
         self.arguments.iter().any(|argument| argument.rsplit('/').next() == Some(word))
     }
 
-    /// Ends it without a chance to say anything.
+    /// Sends SIGKILL.
     pub fn kill(&self) {
         signal(self.pid, Signal::KILL);
     }
 }
 
-/// Sends a signal; a process that is gone already is no error.
+/// Sends a signal; ignores that the process is gone.
 pub fn signal(pid: i32, signal: Signal) {
     if let Some(pid) = Pid::from_raw(pid) {
         let _ = kill_process(pid, signal);
     }
 }
 
-/// Whether this process is the administrator's.
+/// Whether this process runs as root.
 #[must_use]
 pub fn am_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Memory of a process that is resident, in bytes.
+/// The resident memory of a process, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Memory {
-    /// Now.
     pub resident: u64,
-    /// The most there ever was.
     pub peak: u64,
 }
 
-/// How much memory a process takes; nothing when it has gone.
+/// The memory of a process; `None` if it is gone.
 #[must_use]
 pub fn memory(pid: i32) -> Option<Memory> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -60,11 +56,11 @@ pub fn memory(pid: i32) -> Option<Memory> {
     Some(Memory { resident: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
 }
 
-/// The fields of a process's `stat` (proc(5)) from the third on, its state; nothing when it has gone.
+/// The fields of a process's `stat` (proc(5)) from the third, its state, on; `None` if it is gone.
 #[must_use]
 pub fn stat(pid: i32) -> Option<Vec<String>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may contain anything.
+    // The name in parentheses may contain any character.
     Some(stat.rsplit_once(") ")?.1.split(' ').map(str::to_owned).collect())
 }
 

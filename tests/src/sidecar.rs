@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs};
 
 use anyhow::{Context as _, Result};
 
-use crate::{System, Weaver, eventually, system::PATIENCE};
+use crate::{System, Weaver, eventually, system::TIMEOUT};
 
 /// Stands in the first line that a sidecar logs.
 const START: &str = "sidecar: settings: ";
@@ -19,7 +19,7 @@ impl System {
         let starts = || Ok::<_, anyhow::Error>(self.sidecar_log(weaver)?.matches(START).count());
         let before = starts()?;
         self.sidecar(weaver)?.kill();
-        eventually("another sidecar", PATIENCE, || Ok((starts()? > before).then_some(())))
+        eventually("another sidecar", TIMEOUT, || Ok((starts()? > before).then_some(())))
     }
 
     /// The public keys of the devices that a weaver's sidecar, the one that runs now, has admitted and not removed.

@@ -11,7 +11,7 @@ use std::{
 use anyhow::Result;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
-use crate::system::PATIENCE;
+use crate::system::TIMEOUT;
 
 /// Connections that one address makes at once during an attack.
 const FLOOD: usize = 500;
@@ -33,7 +33,7 @@ impl Stranger {
         connect(&socket, &self.server)?;
         let stream = TcpStream::from(socket);
         stream.set_write_timeout(Some(Duration::from_secs(1)))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         Ok(stream)
     }
 

@@ -1,5 +1,4 @@
-//! One whole Loom on this machine: a real server, with the local backend or in front of a real cluster, and the real
-//! command line.
+//! A complete Loom on this machine: a real server, with the local backend or a real cluster, and the real command line.
 
 use std::{
     fs,
@@ -22,72 +21,57 @@ use crate::{
     wait::eventually,
 };
 
-/// Says which backend [`System::start`] uses, so that the same tests run on both: `local` or `kubernetes`.
+/// The variable that selects the backend of [`System::start`], so that the same tests run on both: `local` or
+/// `kubernetes`.
 pub const BACKEND: &str = "LOOM_TEST_BACKEND";
 
-/// For anything that should take a moment: far more than it needs, so that only a fault meets it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// For anything that should take a moment: far more than it needs, so that only a bug exceeds it.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A server, a user who is logged in, and a place for everything they keep. Stops and removes it all when dropped.
+/// A server, a logged-in user, and a directory for their files. Dropping it stops and removes everything.
 pub struct System {
     directory: tempfile::TempDir,
     binaries: PathBuf,
     server: Option<Child>,
-    /// Where the server listens, once it does; it comes back there.
+    /// Where the server listens. It is restarted at the same address.
     listen: String,
     /// The server serves HTTPS.
     tls: bool,
-    /// The address of a server that is not ours.
+    /// The URL of a server that this does not run.
     elsewhere: Option<String>,
     settings: Vec<(String, String)>,
     admin_token: OnceLock<String>,
-    /// The namespace of the weavers, when they are pods.
+    /// The namespace of the weavers on Kubernetes.
     namespace: Option<Namespace>,
     keep: bool,
 }
 
-/// A weaver that a [`System`] runs.
+/// A weaver of a [`System`].
 #[derive(Debug, Clone)]
 pub struct Weaver {
-    /// Its id, `W-<uuid>`.
+    /// `W-<uuid>`.
     pub id: String,
 }
 
 impl System {
-    /// Starts a server and logs its administrator in.
-    ///
-    /// # Errors
-    ///
-    /// When the binaries are not built, or the server does not start.
+    /// Starts a server, and logs in as its administrator.
     pub fn start() -> Result<Self> {
         Self::start_with(&[])
     }
 
-    /// The same with further settings in the server's environment.
-    ///
-    /// # Errors
-    ///
-    /// As [`System::start`].
+    /// As [`System::start`], with more settings in the server's environment.
     pub fn start_with(settings: &[(&str, &str)]) -> Result<Self> {
         let system = Self::start_logged_out(settings)?;
         system.login_with_token()?;
         Ok(system)
     }
 
-    /// Starts a server with further settings in its environment; nobody is logged in.
-    ///
-    /// # Errors
-    ///
-    /// As [`System::start`].
+    /// Starts a server with more settings in its environment, and does not log in.
     pub fn start_logged_out(settings: &[(&str, &str)]) -> Result<Self> {
         Self::prepare(&built_binaries()?, settings, Namespace::wanted(std::env::var(BACKEND).ok().as_deref())?)
     }
 
     /// Starts a server on the local backend that listens at an address of loopback, and logs its administrator in.
-    ///
-    /// # Errors
-    ///
-    /// As [`System::start`].
     pub fn start_at(listen: &str, settings: &[(&str, &str)]) -> Result<Self> {
         let mut system = Self::without_server(&built_binaries()?, None)?;
         listen.clone_into(&mut system.listen);
@@ -97,12 +81,7 @@ impl System {
         Ok(system)
     }
 
-    /// Starts a server on the local backend that keeps everything in a directory that is there already, and logs its
-    /// administrator in.
-    ///
-    /// # Errors
-    ///
-    /// As [`System::start`].
+    /// Starts a server on the local backend with an existing directory for its files, and logs in as its administrator.
     pub fn start_in(data: &Path, settings: &[(&str, &str)]) -> Result<Self> {
         let mut system = Self::without_server(&built_binaries()?, None)?;
         std::os::unix::fs::symlink(data, system.path("data"))?;
@@ -112,41 +91,25 @@ impl System {
         Ok(system)
     }
 
-    /// The path of a binary of the product's.
-    ///
-    /// # Errors
-    ///
-    /// When the binaries are not built.
+    /// The path of one of the product's binaries.
     pub fn binary(name: &str) -> Result<PathBuf> {
         Ok(built_binaries()?.join(name))
     }
 
-    /// Starts a server in front of the cluster, whatever the environment says, and logs its administrator in.
-    ///
-    /// # Errors
-    ///
-    /// As [`System::start`], and when there is no cluster.
+    /// Starts a server for the cluster, whatever the environment says, and logs in as its administrator.
     pub fn start_on_kubernetes(settings: &[(&str, &str)]) -> Result<Self> {
         let system = Self::prepare(&built_binaries()?, settings, Namespace::wanted(Some("kubernetes"))?)?;
         system.login_with_token()?;
         Ok(system)
     }
 
-    /// The same with binaries from a given directory.
-    ///
-    /// # Errors
-    ///
-    /// As [`System::start`].
+    /// As [`System::start_on_kubernetes`], with binaries from another directory.
     pub fn start_from(binaries: &Path, settings: &[(&str, &str)]) -> Result<Self> {
         Self::prepare(binaries, settings, None)
     }
 
-    /// No server, only a user of one that runs somewhere else, with a certificate for `names` (as `subjectAltName` has
-    /// them) below [`System::path`]`("pki")` that the user trusts.
-    ///
-    /// # Errors
-    ///
-    /// When the binaries are not built.
+    /// Starts no server: the user of one that runs elsewhere. There is a certificate for `names` (in the form of
+    /// `subjectAltName`) below [`System::path`]`("pki")` that the user trusts.
     pub fn of_another_server(url: &str, names: &str) -> Result<Self> {
         let mut system = Self::without_server(&built_binaries()?, None)?;
         system.elsewhere = Some(url.to_owned());
@@ -156,10 +119,6 @@ impl System {
 
     /// Starts a server that serves HTTPS at a port of 127.0.0.1, with a certificate that the user and weavers trust, and
     /// logs its administrator in.
-    ///
-    /// # Errors
-    ///
-    /// As [`System::start`].
     pub fn start_with_tls(port: u16, settings: &[(&str, &str)]) -> Result<Self> {
         let mut system = Self::without_server(&built_binaries()?, None)?;
         let pki = pki::for_server(system.directory.path(), "IP:127.0.0.1")?;
@@ -185,7 +144,7 @@ impl System {
             system.listen = format!("0.0.0.0:{port}");
             system.settings = namespace.server_settings(system.directory.path(), port)?;
         }
-        // What a test asks for counts more than what it has anyway.
+        // The test's settings override the defaults.
         system.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         system.start_server()?;
         Ok(system)
@@ -224,7 +183,7 @@ impl System {
         self.directory.path().join(name)
     }
 
-    /// The server's address.
+    /// The server's URL.
     #[must_use]
     pub fn url(&self) -> String {
         if let Some(url) = &self.elsewhere {
@@ -234,27 +193,19 @@ impl System {
         format!("{scheme}://{}", self.listen.replace("0.0.0.0", "127.0.0.1"))
     }
 
-    /// The namespace of the weavers, when they are pods.
+    /// The namespace of the weavers on Kubernetes.
     #[must_use]
     pub const fn namespace(&self) -> Option<&Namespace> {
         self.namespace.as_ref()
     }
 
-    /// The token that signs the administrator in, once, from the file that the server wrote at its first start.
-    ///
-    /// # Errors
-    ///
-    /// When the file cannot be read: it was used.
+    /// The administrator's one-time sign-in token, from the file that the server wrote at its first start.
     pub fn sign_in_token(&self) -> Result<String> {
         let token = fs::read_to_string(self.path("data/admin.token")).context("reading the administrator's token")?;
         Ok(token.trim().to_owned())
     }
 
-    /// A token of the administrator's for the API. The first call signs in for it.
-    ///
-    /// # Errors
-    ///
-    /// When the sign-in token was used for something else.
+    /// The administrator's API token. The first call signs in.
     pub fn admin_token(&self) -> Result<String> {
         if let Some(token) = self.admin_token.get() {
             return Ok(token.clone());
@@ -274,7 +225,7 @@ impl System {
             ("LOOM_SERVER_URL", self.url()),
         ];
         if self.tls || self.elsewhere.is_some() {
-            // The test's own authority signed the server's certificate.
+            // The test's own CA signed the server's certificate.
             environment.extend(["SSL_CERT_FILE", "CURL_CA_BUNDLE"].map(|name| (name, directory("pki/ca.crt"))));
         }
         environment
@@ -288,7 +239,7 @@ impl System {
         command
     }
 
-    /// Another program in the same environment.
+    /// Another program in the user's environment.
     #[must_use]
     pub fn program(&self, program: &str) -> Command {
         let mut command = Command::new(program);
@@ -302,11 +253,7 @@ impl System {
         self.binaries.join("loom").to_string_lossy().into_owned()
     }
 
-    /// Runs `loom-server` with an operator's command on the server's data; what it wrote to standard output.
-    ///
-    /// # Errors
-    ///
-    /// Shows its standard error when it fails.
+    /// Runs an operator's command of `loom-server` on the server's data; returns its standard output.
     pub fn manage(&self, arguments: &[&str]) -> Result<String> {
         let mut command = self.program(&self.binaries.join("loom-server").to_string_lossy());
         let output = command.args(arguments).arg("--data-dir").arg(self.path("data")).output()?;
@@ -314,11 +261,7 @@ impl System {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// Runs `loom` to its end; what it wrote to standard output.
-    ///
-    /// # Errors
-    ///
-    /// Shows its standard error when it fails.
+    /// Runs `loom`; returns its standard output, or an error with its standard error.
     pub fn run(&self, arguments: &[&str]) -> Result<String> {
         let output = self.output(arguments)?;
         if !output.status.success() {
@@ -327,90 +270,58 @@ impl System {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// Runs `loom` to its end, whatever that is.
-    ///
-    /// # Errors
-    ///
-    /// Only when it cannot be started.
+    /// Runs `loom`; its failure is not an error.
     pub fn output(&self, arguments: &[&str]) -> Result<Output> {
         self.loom(arguments).output().context("starting loom")
     }
 
-    /// Runs `loom` with something on standard input.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be started or does not take its input.
+    /// Runs `loom` with standard input.
     pub fn output_with_input(&self, arguments: &[&str], input: &[u8]) -> Result<Output> {
         output_with_input(self.loom(arguments), input)
     }
 
-    /// Runs `loom … --json` and reads what it says.
-    ///
-    /// # Errors
-    ///
-    /// When it fails or says something else.
+    /// Runs `loom … --json` and parses its output.
     pub fn json(&self, arguments: &[&str]) -> Result<Value> {
         let text = self.run(arguments)?;
         serde_json::from_str(&text).with_context(|| format!("loom {arguments:?} printed {text:?}"))
     }
 
     /// Logs in with the administrator's token, as a program would.
-    ///
-    /// # Errors
-    ///
-    /// When the login fails.
     pub fn login_with_token(&self) -> Result<()> {
         let output = self.output_with_input(&["login", "--token", "-"], self.admin_token()?.as_bytes())?;
         ensure!(output.status.success(), "login: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
 
-    /// Makes a weaver and waits until people can come in.
-    ///
-    /// # Errors
-    ///
-    /// When it is not made.
+    /// Creates a weaver and waits until it is ready.
     pub fn new_weaver(&self, arguments: &[&str]) -> Result<Weaver> {
         let mut all = vec!["new", "--no-attach"];
         all.extend(arguments);
         Ok(Weaver { id: self.run(&all)?.trim().to_owned() })
     }
 
-    /// What the API says of a weaver.
-    ///
-    /// # Errors
-    ///
-    /// When it says nothing.
+    /// A weaver as the API returns it.
     pub fn describe(&self, weaver: &Weaver) -> Result<Value> {
         let all = self.json(&["ps", "--all", "--json"])?;
         let list = all.as_array().context("ps --json is no array")?;
         list.iter().find(|item| item["id"] == weaver.id.as_str()).cloned().context("the weaver is not listed")
     }
 
-    /// The directory in which the local backend keeps a weaver.
+    /// The weaver's directory on the local backend.
     #[must_use]
     pub fn weaver_directory(&self, weaver: &Weaver) -> PathBuf {
         self.path("data/weavers").join(weaver.id.trim_start_matches("W-"))
     }
 
-    /// The weaver's sidecar process, on this machine or in the container on its node, which is this machine.
-    ///
-    /// # Errors
-    ///
-    /// When there is none within a while.
+    /// The weaver's sidecar process. On Kubernetes it is visible because this machine is the node.
     pub fn sidecar(&self, weaver: &Weaver) -> Result<Process> {
-        eventually("the weaver's sidecar", PATIENCE, || {
+        eventually("the weaver's sidecar", TIMEOUT, || {
             let variable = format!("LOOM_WEAVER_ID={}", weaver.id);
             Ok(processes::with_variable(&variable).into_iter().find(|process| process.has("sidecar")))
         })
     }
 
-    /// Whether a weaver has left anything: its directory, or its pod.
-    ///
-    /// # Errors
-    ///
-    /// When the cluster does not say.
+    /// Whether a weaver's directory or pod still exists.
     pub fn has_left_something(&self, weaver: &Weaver) -> Result<bool> {
         match &self.namespace {
             None => Ok(self.weaver_directory(weaver).exists()),
@@ -419,10 +330,6 @@ impl System {
     }
 
     /// Ends a weaver's pod behind the server's back.
-    ///
-    /// # Errors
-    ///
-    /// When there is none.
     pub fn kill_pod(&self, weaver: &Weaver) -> Result<()> {
         if let Some(namespace) = &self.namespace {
             return namespace.delete_pod(weaver);
@@ -435,15 +342,11 @@ impl System {
         Ok(())
     }
 
-    /// What tells a weaver's pod from another one in its place.
-    ///
-    /// # Errors
-    ///
-    /// When there is none.
+    /// Distinguishes a weaver's pod from a replacement.
     pub fn pod_identity(&self, weaver: &Weaver) -> Result<String> {
         match &self.namespace {
             None => {
-                // Not what its programs start and end meanwhile.
+                // Not the user's programs, which come and go.
                 let lasting = |process: &Process| ["local-pod", "host", "sidecar"].iter().any(|word| process.has(word));
                 let processes = processes::belonging_to(&self.weaver_directory(weaver));
                 let pids: Vec<_> =
@@ -463,10 +366,6 @@ impl System {
     }
 
     /// Ends the server as a crash would.
-    ///
-    /// # Errors
-    ///
-    /// When it does not run.
     pub fn kill_server(&mut self) -> Result<()> {
         let mut server = self.server.take().context("the server does not run")?;
         server.kill()?;
@@ -475,29 +374,21 @@ impl System {
     }
 
     /// Waits until the server has ended by itself.
-    ///
-    /// # Errors
-    ///
-    /// When it does not run, or does not end.
     pub fn wait_for_server_end(&mut self) -> Result<()> {
         let mut server = self.server.take().context("the server does not run")?;
-        let ended = eventually("the server to end by itself", PATIENCE, || Ok(server.try_wait()?));
+        let ended = eventually("the server to end by itself", TIMEOUT, || Ok(server.try_wait()?));
         if ended.is_err() {
             self.server = Some(server);
         }
         ended.map(drop)
     }
 
-    /// Changes what the server's environment will have from its next start on.
+    /// Sets a variable in the server's environment, from its next start on.
     pub fn set(&mut self, name: &str, value: &str) {
         self.settings.push((name.to_owned(), value.to_owned()));
     }
 
-    /// How many pods there are, of any weaver.
-    ///
-    /// # Errors
-    ///
-    /// When the cluster does not say.
+    /// The number of pods of all weavers.
     pub fn count_pods(&self) -> Result<usize> {
         Ok(match &self.namespace {
             None => fs::read_dir(self.path("data/weavers")).map_or(0, Iterator::count),
@@ -505,11 +396,7 @@ impl System {
         })
     }
 
-    /// Starts the server again, at the address it had.
-    ///
-    /// # Errors
-    ///
-    /// When it does not come up.
+    /// Restarts the server at the same address.
     pub fn start_server(&mut self) -> Result<()> {
         let listen_file = self.path("data/listen");
         let _ = fs::remove_file(&listen_file);
@@ -524,7 +411,7 @@ impl System {
             .stderr(log)
             .process_group(0);
         let mut server = command.spawn().context("starting loom-server")?;
-        let address = eventually("the server to listen", PATIENCE, || {
+        let address = eventually("the server to listen", TIMEOUT, || {
             if let Some(status) = server.try_wait()? {
                 bail!("loom-server ended with {status}:\n{}", self.server_log());
             }
@@ -541,13 +428,13 @@ impl System {
         self.server.as_ref().map(|server| server.id().cast_signed())
     }
 
-    /// What the server has logged.
+    /// The server's log so far.
     #[must_use]
     pub fn server_log(&self) -> String {
         fs::read_to_string(self.path("server.log")).unwrap_or_default()
     }
 
-    /// Leaves everything running and in place when dropped; where that is.
+    /// Leaves everything running when dropped; returns the directory.
     pub fn keep(&mut self) -> &Path {
         self.keep = true;
         self.directory.disable_cleanup(true);
@@ -555,37 +442,29 @@ impl System {
     }
 
     /// Deletes all weavers, ends daemon and server, and checks that nothing is left behind.
-    ///
-    /// # Errors
-    ///
-    /// Names what is left.
     pub fn stop(mut self) -> Result<()> {
         let weavers = self.json(&["ps", "--json"])?;
         for weaver in weavers.as_array().into_iter().flatten() {
             self.run(&["delete", "--yes", weaver["id"].as_str().unwrap_or_default()])?;
         }
-        eventually("the weavers' directories and pods to be removed", PATIENCE, || {
+        eventually("the weavers' directories and pods to be removed", TIMEOUT, || {
             Ok((self.count_pods()? == 0).then_some(()))
         })?;
         if let Some(daemon) = self.daemon() {
             processes::signal(daemon.pid, Signal::TERM);
         }
         self.stop_server()?;
-        eventually("all processes and mounts to be gone", PATIENCE, || {
+        eventually("all processes and mounts to be gone", TIMEOUT, || {
             Ok(processes::belonging_to(self.directory.path()).is_empty().then_some(()))
         })
         .with_context(|| format!("left: {:?}", processes::belonging_to(self.directory.path())))
     }
 
-    /// Asks the server to end, and waits for it.
-    ///
-    /// # Errors
-    ///
-    /// When it does not end.
+    /// Asks the server to stop, and waits until it has.
     pub fn stop_server(&mut self) -> Result<()> {
         let Some(mut server) = self.server.take() else { return Ok(()) };
         processes::signal(server.id().cast_signed(), Signal::TERM);
-        let ended = eventually("the server to end", PATIENCE, || Ok(server.try_wait()?));
+        let ended = eventually("the server to end", TIMEOUT, || Ok(server.try_wait()?));
         if ended.is_err() {
             let _ = server.kill();
             let _ = server.wait();
@@ -612,17 +491,13 @@ impl Drop for System {
     }
 }
 
-/// Runs a command to its end with something on standard input.
-///
-/// # Errors
-///
-/// When it cannot be started.
+/// Runs a command with standard input.
 pub fn output_with_input(mut command: Command, input: &[u8]) -> Result<Output> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let mut stdin = child.stdin.take().context("standard input was piped")?;
     let writer = {
         let input = input.to_owned();
-        // A program that ends without reading it all is no fault of the test's.
+        // A program may end without reading all of its input.
         std::thread::spawn(move || drop(stdin.write_all(&input)))
     };
     let output = child.wait_with_output()?;
@@ -640,11 +515,7 @@ fn built_binaries() -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// A port of this machine that nobody uses now.
-///
-/// # Errors
-///
-/// When there is none.
+/// A port of this machine that is not in use.
 pub fn free_port() -> Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

@@ -12,9 +12,8 @@ use parking_lot::Mutex;
 
 use crate::wait::eventually;
 
-/// The window that a [`Terminal`] begins with.
+/// The initial window size of a [`Terminal`].
 pub const ROWS: u16 = 24;
-/// See [`ROWS`].
 pub const COLS: u16 = 80;
 
 /// A running program and what it has drawn.
@@ -67,13 +66,13 @@ impl Terminal {
         self.pty.resize(pty_process::Size::new(rows, cols)).context("resizing a terminal")
     }
 
-    /// The screen's text now.
+    /// The screen's current text.
     #[must_use]
     pub fn screen(&self) -> String {
         self.screen.lock().parser.screen().contents()
     }
 
-    /// All bytes that were drawn since the start.
+    /// All output since the start.
     #[must_use]
     pub fn raw(&self) -> Vec<u8> {
         self.screen.lock().raw.clone()
@@ -85,7 +84,7 @@ impl Terminal {
             .with_context(|| format!("the screen is:\n{}", self.screen()))
     }
 
-    /// Waits for the program's end.
+    /// Waits until the program has ended.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         eventually("a program on a terminal to end", limit, || Ok(self.child.try_wait()?))
             .with_context(|| format!("the screen is:\n{}", self.screen()))

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 
-/// Where a program is.
+/// The path of a program.
 pub fn find(name: &str) -> Result<PathBuf> {
     let mut directory = std::env::current_exe()?;
     let tools = loop {

@@ -1,13 +1,12 @@
-//! Waiting for something to become true, with a limit and a reason.
+//! Waits for a condition, with a timeout and a description.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// Between two looks.
-const POLL: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Looks until `look` gives something, at most `limit` long.
+/// Calls `look` until it returns something, for at most `limit`.
 pub fn eventually<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
@@ -17,6 +16,6 @@ pub fn eventually<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Resu
         if start.elapsed() > limit {
             bail!("waited {limit:?} for {what}");
         }
-        std::thread::sleep(POLL);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }

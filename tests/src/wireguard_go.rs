@@ -1,6 +1,5 @@
-//! A foreign WireGuard as a weaver's client: wireguard-go on a TUN device of this machine, which only an administrator
-//! may make. It is told everything by its own configuration protocol (the WireGuard cross-platform interface), nothing
-//! by `wg`.
+//! Another WireGuard implementation as a weaver's client: wireguard-go on a TUN device of this machine, which needs root.
+//! It is configured through its own protocol (the WireGuard cross-platform interface), without `wg`.
 
 use std::{
     fmt::Write as _,
@@ -13,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::Value;
 
-use crate::{System, Weaver, keys::KeyPair, system::PATIENCE, tools, wait::eventually};
+use crate::{System, Weaver, keys::KeyPair, system::TIMEOUT, tools, wait::eventually};
 
 /// A running wireguard-go with one peer. Its interface goes with it.
 pub struct WireGuardGo {
@@ -75,7 +74,7 @@ impl WireGuardGo {
     fn configure(&self, settings: &str) -> Result<()> {
         let path = format!("/var/run/wireguard/{}.sock", self.interface);
         let mut socket =
-            eventually("wireguard-go's configuration socket", PATIENCE, || Ok(UnixStream::connect(&path).ok()))?;
+            eventually("wireguard-go's configuration socket", TIMEOUT, || Ok(UnixStream::connect(&path).ok()))?;
         socket.write_all(settings.as_bytes())?;
         let mut answer = String::new();
         BufReader::new(socket).read_line(&mut answer)?;

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use loom_tests::{
     System, api, eventually,
     strangers::{Stranger, is_closed},
-    system::{PATIENCE, free_port},
+    system::{TIMEOUT, free_port},
 };
 use serde_json::Value;
 
@@ -68,7 +68,7 @@ fn a_trusted_proxy_says_whose_its_connections_are() -> Result<()> {
     // Without its word the proxy is nobody.
     let mut mute = proxy.connect()?;
     mute.write_all(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")?;
-    eventually("the connection without a header to be closed", PATIENCE, || Ok(is_closed(&mute).then_some(())))?;
+    eventually("the connection without a header to be closed", TIMEOUT, || Ok(is_closed(&mute).then_some(())))?;
     system.stop()
 }
 

@@ -14,7 +14,7 @@ use loom_tests::{
     eventually,
     keys::KeyPair,
     service::{HonestUser, PROMPT},
-    system::PATIENCE,
+    system::TIMEOUT,
 };
 use serde_json::{Value, json};
 use tungstenite::Message;
@@ -43,7 +43,7 @@ fn events(system: &System, weaver: &Weaver) -> Result<Vec<Value>> {
 
 /// Waits for an event with these words.
 fn event(system: &System, weaver: &Weaver, words: &str) -> Result<Value> {
-    eventually(&format!("the event {words:?}"), PATIENCE, || {
+    eventually(&format!("the event {words:?}"), TIMEOUT, || {
         let found = events(system, weaver)?.into_iter();
         Ok(found.rev().find(|event| event["message"].as_str().is_some_and(|message| message.contains(words))))
     })
@@ -144,7 +144,7 @@ fn what_an_agent_says_is_cut_escaped_and_no_event_of_somebody_elses() -> Result<
     })?;
     assert_clean("loom logs", &[asked.stdout, asked.stderr].concat());
     link.say(&json!({"type": "failed", "reason": format!("failed {FORGERY}")}))?;
-    eventually("the weaver to have failed", PATIENCE, || {
+    eventually("the weaver to have failed", TIMEOUT, || {
         Ok((system.describe(&weaver)?["status"] == "Failed").then_some(()))
     })?;
     for arguments in [

@@ -8,7 +8,7 @@ use loom_tests::{
     api::{UPGRADE, read_until},
     eventually,
     keys::KeyPair,
-    system::PATIENCE,
+    system::TIMEOUT,
     terminal::Terminal,
 };
 use serde_json::{Value, json};
@@ -162,7 +162,7 @@ fn a_weaver_shows_its_pod_while_it_has_one() -> Result<()> {
         assert_eq!(value.is_some_and(|value| value.starts_with(start)), on_kubernetes, "{field}: {described}");
     }
     system.kill_pod(&weaver)?;
-    eventually("the pod to be gone, and the weaver failed", PATIENCE, || {
+    eventually("the pod to be gone, and the weaver failed", TIMEOUT, || {
         let shown = shown()?;
         Ok((shown["status"] == "Failed" && shown["pod_phase"].is_null()).then_some(()))
     })?;
@@ -177,7 +177,7 @@ fn the_plain_attach_protocol_is_text_both_ways_with_resizes() -> Result<()> {
     socket.send(Message::text("echo plain-$((40+2)) €\r"))?;
     read_until(&mut socket, "plain-42 €")?;
     socket.send(Message::text(r#"{"type":"resize","rows":33,"cols":101}"#))?;
-    eventually("the resize to count", PATIENCE, || {
+    eventually("the resize to count", TIMEOUT, || {
         socket.send(Message::text("echo size-$(stty size)-end\r"))?;
         let seen = read_until(&mut socket, "-end\r\n")?;
         Ok(seen.contains("size-33 101-end").then_some(()))
@@ -200,10 +200,10 @@ fn a_client_that_vanishes_counts_no_longer_after_40_seconds() -> Result<()> {
             Ok(terminal.screen().contains(size).then_some(()))
         })
     };
-    shows("size-40 120", PATIENCE)?;
+    shows("size-40 120", TIMEOUT)?;
     // It reads nothing from here on, so it answers no ping, and its connection stays open.
     let vanished = system.attach_socket(&weaver, Some("loom.attach.v2"))?;
-    shows("size-24 80", PATIENCE)?;
+    shows("size-24 80", TIMEOUT)?;
     let silent = Instant::now();
     shows("size-40 120", Duration::from_secs(50))?;
     println!("noticed after {:.1} s", silent.elapsed().as_secs_f32());

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, Weaver, api, cluster, cluster::registry, eventually, namespace::Namespace, system::PATIENCE, tools,
+    System, Weaver, api, cluster, cluster::registry, eventually, namespace::Namespace, system::TIMEOUT, tools,
 };
 
 /// The server's fixed address among the cluster's services: there is no DNS in the test cluster.
@@ -75,7 +75,7 @@ impl Deployed {
         // Some of it belongs to the weavers' namespace, which each object names.
         home.apply_anywhere(&manifests)?;
         home.kubectl(&["rollout", "status", "deployment/loom-server", "--timeout=60s"])?;
-        eventually("the service to lead to the server", PATIENCE, || {
+        eventually("the service to lead to the server", TIMEOUT, || {
             Ok(TcpStream::connect((ADDRESS, 443)).is_ok().then_some(()))
         })?;
         let deployed = Self { system, home, weavers };
@@ -120,7 +120,7 @@ fn the_server_runs_in_the_cluster_and_weavers_reach_only_what_they_should() -> R
     let serve = "nohup python3 -m http.server 8123 >/dev/null 2>&1 & sleep 0.1";
     system.run(&["ssh", &other.id, "--", serve])?;
     let address = deployed.pod_address(&other)?;
-    eventually("the listener", PATIENCE, || Ok(deployed.reaches(&other, "127.0.0.1", 8123)?.then_some(())))?;
+    eventually("the listener", TIMEOUT, || Ok(deployed.reaches(&other, "127.0.0.1", 8123)?.then_some(())))?;
     ensure!(!deployed.reaches(&weaver, &address, 8123)?, "a weaver reaches another");
     for (address, port, what) in [
         ("10.96.0.1", 443, "the cluster's API server"),
@@ -134,7 +134,7 @@ fn the_server_runs_in_the_cluster_and_weavers_reach_only_what_they_should() -> R
     ensure!(deployed.reaches(&weaver, cluster::OUTSIDE, outside.local_addr()?.port())?, "no way to the outside");
     // Without the policy the same program gets through, so it was the policy that kept it back.
     deployed.weavers.kubectl(&["delete", "networkpolicy", "--all"])?;
-    eventually("the policy to be gone", PATIENCE, || Ok(deployed.reaches(&weaver, &address, 8123)?.then_some(())))?;
+    eventually("the policy to be gone", TIMEOUT, || Ok(deployed.reaches(&weaver, &address, 8123)?.then_some(())))?;
 
     let metrics = deployed.metrics()?;
     for name in ["loom_weavers{status=\"Running\"} 2", "loom_weavers_start_seconds", "loom_reconcile_lag_seconds"] {
@@ -143,7 +143,7 @@ fn the_server_runs_in_the_cluster_and_weavers_reach_only_what_they_should() -> R
     for weaver in [&weaver, &other] {
         system.run(&["delete", "--yes", &weaver.id])?;
     }
-    eventually("the pods to be gone", PATIENCE, || Ok(deployed.weavers.pods()?.is_empty().then_some(())))?;
+    eventually("the pods to be gone", TIMEOUT, || Ok(deployed.weavers.pods()?.is_empty().then_some(())))?;
     deployed.weavers.kubectl(&["delete", "rolebinding", "loom-server"])?;
     let error = deployed.in_server(&["check"]).err().context("nothing is missing without the role")?;
     assert!(error.to_string().contains("8 things are missing"), "{error}");

@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use anyhow::{Result, ensure};
-use loom_tests::{System, disk::Disk, eventually, system::PATIENCE};
+use loom_tests::{System, disk::Disk, eventually, system::TIMEOUT};
 
 #[test]
 fn on_a_full_disk_weavers_still_end_and_nothing_is_lost_when_space_returns() -> Result<()> {
@@ -28,16 +28,16 @@ fn on_a_full_disk_weavers_still_end_and_nothing_is_lost_when_space_returns() -> 
     ensure!(ready()? == 200);
 
     disk.fill()?;
-    eventually("the server to say that its disk is full", PATIENCE, || Ok((ready()? == 503).then_some(())))?;
+    eventually("the server to say that its disk is full", TIMEOUT, || Ok((ready()? == 503).then_some(())))?;
     let refused = system.request(Some(&token), "POST", "/api/weavers", Some("{}"))?;
     assert_eq!((refused.status, refused.code()), (503, "unavailable"), "{refused:?}");
     system.run(&["delete", "--yes", "deleted"])?;
-    eventually("the deleted one to be gone", PATIENCE, || Ok((!system.has_left_something(&deleted)?).then_some(())))?;
-    eventually("the deadline to be kept", PATIENCE, || Ok((!system.has_left_something(&expiring)?).then_some(())))?;
+    eventually("the deleted one to be gone", TIMEOUT, || Ok((!system.has_left_something(&deleted)?).then_some(())))?;
+    eventually("the deadline to be kept", TIMEOUT, || Ok((!system.has_left_something(&expiring)?).then_some(())))?;
     assert_eq!(system.run(&["exec", "kept", "--", "echo", "alive"])?, "alive\n");
 
     disk.empty()?;
-    eventually("the server to be ready again", PATIENCE, || Ok((ready()? == 200).then_some(())))?;
+    eventually("the server to be ready again", TIMEOUT, || Ok((ready()? == 200).then_some(())))?;
     assert_eq!(system.describe(&kept)?["status"], "Running");
     assert!(system.run(&["events", "deleted"])?.contains("deleted it"));
     system.new_weaver(&["--name", "new"])?;

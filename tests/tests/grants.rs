@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Instant};
 
 use anyhow::{Result, ensure};
-use loom_tests::{System, Weaver, eventually, keys::KeyPair, system::PATIENCE};
+use loom_tests::{System, Weaver, eventually, keys::KeyPair, system::TIMEOUT};
 
 /// The most devices of one user.
 const OF_A_USER: usize = 1000;
@@ -51,7 +51,7 @@ impl Crowd {
         let start = Instant::now();
         system.restart_sidecar(weaver)?;
         let mut admitted = BTreeSet::new();
-        eventually("all grants to be in force again", PATIENCE, || {
+        eventually("all grants to be in force again", TIMEOUT, || {
             admitted = system.admitted_devices(weaver)?;
             Ok((admitted == wanted).then_some(()))
         })

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use loom_tests::{System, eventually, system::PATIENCE, wireguard_go::WireGuardGo};
+use loom_tests::{System, eventually, system::TIMEOUT, wireguard_go::WireGuardGo};
 
 #[test]
 fn wireguard_go_moves_tcp_to_a_weaver_both_ways() -> Result<()> {
@@ -20,7 +20,7 @@ fn wireguard_go_moves_tcp_to_a_weaver_both_ways() -> Result<()> {
     let client = WireGuardGo::connect(&system, &weaver)?;
     let url = format!("http://[{}]:8123/data", client.peer_address);
     let fetch = format!("curl -gsS --noproxy '*' --max-time 60 '{url}' | sha256sum");
-    let fetched = eventually("the file through wireguard-go", PATIENCE, || {
+    let fetched = eventually("the file through wireguard-go", TIMEOUT, || {
         let output = Command::new("sh").args(["-c", &fetch]).output()?;
         Ok((output.stdout == sum.as_bytes()).then_some(()))
     });

@@ -15,7 +15,7 @@ use loom_tests::{
     System, Weaver,
     disk::Disk,
     processes,
-    system::{BACKEND, PATIENCE},
+    system::{BACKEND, TIMEOUT},
     terminal::Terminal,
 };
 
@@ -49,19 +49,19 @@ fn a_weaver_cannot_lead_its_sidecar_to_another_weavers_socket() -> Result<()> {
     // A shell that is open already goes on, and can put things right again.
     let mut shell = Terminal::spawn(&system.loom(&["ssh", &attacker.id]))?;
     shell.send("echo here-$((40+2))\r")?;
-    shell.expect("here-42", PATIENCE)?;
+    shell.expect("here-42", TIMEOUT)?;
     shell.send(&format!(
         "cd /loom/run && mv host.sock kept && ln -s {} host.sock && echo replaced-$((40+2))\r",
         socket.display()
     ))?;
-    shell.expect("replaced-42", PATIENCE)?;
+    shell.expect("replaced-42", TIMEOUT)?;
 
     let output = system.output(&["exec", &attacker.id, "--", "cat", "/home/loom/mark"])?;
     let seen = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(!output.status.success() && !seen.contains("the-victim"), "{output:?}");
 
     shell.send("rm host.sock && mv kept host.sock && echo restored-$((40+2))\r")?;
-    shell.expect("restored-42", PATIENCE)?;
+    shell.expect("restored-42", TIMEOUT)?;
     assert_eq!(system.run(&["exec", &attacker.id, "--", "echo", "again"])?, "again\n");
     drop(shell);
     system.stop()

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, Weaver, cluster::registry, eventually, namespace::Namespace, system::PATIENCE};
+use loom_tests::{System, Weaver, cluster::registry, eventually, namespace::Namespace, system::TIMEOUT};
 use serde_json::{Value, json};
 
 fn namespace(system: &System) -> Result<&Namespace> {
@@ -23,7 +23,7 @@ fn pod(system: &System, weaver: &Weaver) -> Result<Value> {
 /// Waits until the weaver's reason contains `words`; the weaver as it is then.
 fn reason(system: &System, weaver: &Weaver, words: &str) -> Result<Value> {
     let mut last = Value::Null;
-    eventually("the reason", PATIENCE, || {
+    eventually("the reason", TIMEOUT, || {
         last = system.describe(weaver)?;
         Ok(last["reason"].as_str().is_some_and(|reason| reason.contains(words)).then_some(()))
     })
@@ -67,7 +67,7 @@ fn an_image_with_an_entrypoint_of_its_own_runs_it() -> Result<()> {
     let weaver = system.new_weaver(&["--image", &registry::image("postgres")])?;
     system.run(&["tunnel", "up", &weaver.id])?;
     let address = system.local_address(&weaver)?;
-    let answer = eventually("the database", PATIENCE, || Ok(system.psql(&address, 5432, "select 6 * 7").ok()))?;
+    let answer = eventually("the database", TIMEOUT, || Ok(system.psql(&address, 5432, "select 6 * 7").ok()))?;
     assert_eq!(answer, "42");
     system.stop()
 }
@@ -210,7 +210,7 @@ fn a_token_is_good_for_its_own_pod_only_and_not_after_it() -> Result<()> {
 
     system.run(&["delete", "--yes", &weaver.id])?;
     assert!(register(&weaver, &token)? >= 400, "a deleted weaver's token");
-    eventually("the pod to be gone", PATIENCE, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
+    eventually("the pod to be gone", TIMEOUT, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
     assert!(register(&weaver, &token)? >= 400, "a token whose pod is gone");
     system.stop()
 }
@@ -237,7 +237,7 @@ fn a_program_that_takes_too_much_memory_is_said_to_have_done_so() -> Result<()> 
         "command": ["python3", "-c", "b = bytearray(512 << 20)"], "resources": {"cpu_millicores": 1000, "memory_mb": 64}
     });
     let weaver = system.create_weaver(&eat)?;
-    let described = eventually("the weaver to end", PATIENCE, || {
+    let described = eventually("the weaver to end", TIMEOUT, || {
         let described = system.describe(&weaver)?;
         Ok((described["status"] == "Failed").then_some(described))
     })?;
@@ -268,7 +268,7 @@ fn a_quota_is_named_and_when_it_has_room_the_weaver_starts() -> Result<()> {
         ))
     };
     quota(0)?;
-    eventually("the quota to count", PATIENCE, || {
+    eventually("the quota to count", TIMEOUT, || {
         let quota = namespace.kubectl(&["get", "resourcequota", "few", "-o", "jsonpath={.status.hard.pods}"])?;
         Ok((quota == "0").then_some(()))
     })?;
@@ -276,7 +276,7 @@ fn a_quota_is_named_and_when_it_has_room_the_weaver_starts() -> Result<()> {
     let described = reason(&system, &weaver, "exceeded quota")?;
     assert_eq!(described["status"], "Pending");
     quota(5)?;
-    eventually("the weaver to run", PATIENCE, || Ok((system.describe(&weaver)?["status"] == "Running").then_some(())))?;
+    eventually("the weaver to run", TIMEOUT, || Ok((system.describe(&weaver)?["status"] == "Running").then_some(())))?;
     system.stop()
 }
 
@@ -295,7 +295,7 @@ fn a_pod_of_no_weaver_is_removed_and_a_foreign_one_is_not() -> Result<()> {
     let uuid = "01890000-0000-7000-8000-000000000000";
     namespace.apply(&pod("somebodys-pod", &format!("W-{uuid}")))?;
     namespace.apply(&pod(&format!("weaver-{uuid}"), &format!("W-{uuid}")))?;
-    eventually("the pod without a weaver to be removed", PATIENCE, || {
+    eventually("the pod without a weaver to be removed", TIMEOUT, || {
         Ok(namespace.kubectl(&["get", "pod", &format!("weaver-{uuid}")]).is_err().then_some(()))
     })?;
     namespace.kubectl(&["get", "pod", "somebodys-pod"])?;
@@ -326,7 +326,7 @@ fn a_namespace_that_goes_takes_its_weavers_and_new_ones_wait_for_its_return() ->
     assert_eq!(waiting["status"], "Pending");
     assert!(waiting["reason"].as_str().is_some_and(|reason| reason.contains(namespace.name())), "{waiting}");
     namespace.make()?;
-    eventually("the weaver to run", PATIENCE, || Ok((system.describe(&second)?["status"] == "Running").then_some(())))?;
+    eventually("the weaver to run", TIMEOUT, || Ok((system.describe(&second)?["status"] == "Running").then_some(())))?;
     system.stop()
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use loom_tests::{
-    System, cluster::registry, eventually, git::Repository, processes, system::PATIENCE, terminal::Terminal,
+    System, cluster::registry, eventually, git::Repository, processes, system::TIMEOUT, terminal::Terminal,
 };
 
 #[test]
@@ -64,7 +64,7 @@ fn a_weaver_ends_on_the_second_and_extending_moves_that() -> Result<()> {
     system.run(&["extend", &other.id, "1"])?;
     let described = system.describe(&weaver)?;
     let created = described["created_at"].as_str().context("created_at")?.to_owned();
-    eventually("the weaver to be gone", PATIENCE, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
+    eventually("the weaver to be gone", TIMEOUT, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
     let events = system.json(&["events", &weaver.id, "--json"])?;
     let expired = events.as_array().into_iter().flatten().find(|event| event["kind"] == "expired");
     let expired = expired.and_then(|event| event["at"].as_str()).context("no event says that it expired")?;
@@ -106,9 +106,9 @@ fn a_program_that_ends_at_once_is_seen_with_its_output_and_its_code() -> Result<
     let system = System::start()?;
     // Whether it ends before anybody can attach or after is chance, and must not matter.
     let mut terminal = Terminal::spawn(&system.loom(&["new", "--", "sh", "-c", "echo boom-$((1+0)); exit 3"]))?;
-    assert_eq!(terminal.wait(PATIENCE)?.code(), Some(3), "{}", terminal.screen());
-    terminal.expect("boom-1", PATIENCE)?;
-    terminal.expect("code 3", PATIENCE)?;
+    assert_eq!(terminal.wait(TIMEOUT)?.code(), Some(3), "{}", terminal.screen());
+    terminal.expect("boom-1", TIMEOUT)?;
+    terminal.expect("code 3", TIMEOUT)?;
     drop(terminal);
     // In a script it is an error, unless the weaver was ready before.
     let new =
@@ -165,12 +165,12 @@ fn a_pod_whose_processes_are_killed_becomes_a_failed_weaver_with_a_reason() -> R
     let system = System::start()?;
     let weaver = system.new_weaver(&[])?;
     system.kill_pod(&weaver)?;
-    let described = eventually("the weaver to be Failed", PATIENCE, || {
+    let described = eventually("the weaver to be Failed", TIMEOUT, || {
         let described = system.describe(&weaver)?;
         Ok((described["status"] == "Failed").then_some(described))
     })?;
     assert!(described["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{described}");
-    eventually("what is left of it to go", PATIENCE, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
+    eventually("what is left of it to go", TIMEOUT, || Ok((!system.has_left_something(&weaver)?).then_some(())))?;
     system.stop()
 }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, cluster::Cluster, eventually, system::PATIENCE, terminal::Terminal, tools};
+use loom_tests::{System, cluster::Cluster, eventually, system::TIMEOUT, terminal::Terminal, tools};
 use parking_lot::Mutex;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -46,7 +46,7 @@ impl Creating {
     fn begin(system: &System) -> Result<Self> {
         let mut new = system.loom(&["new", "--no-attach", "--name", "late"]);
         let creating = Self(new.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
-        eventually("the reason for the wait", PATIENCE, || {
+        eventually("the reason for the wait", TIMEOUT, || {
             let list = system.json(&["ps", "--json"])?;
             let late = list.as_array().and_then(|list| list.iter().find(|weaver| weaver["name"] == "late"));
             Ok(late.and_then(|late| late["reason"].as_str()).filter(|reason| reason.contains("API server")).map(drop))
@@ -55,7 +55,7 @@ impl Creating {
     }
 
     fn end(&mut self) -> Result<()> {
-        let ended = eventually("the weaver that had to wait", PATIENCE, || Ok(self.0.try_wait()?))?;
+        let ended = eventually("the weaver that had to wait", TIMEOUT, || Ok(self.0.try_wait()?))?;
         ensure!(ended.success(), "it was not made: {ended}");
         Ok(())
     }
@@ -75,7 +75,7 @@ fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -
     let (weaver, other) = (system.new_weaver(&[])?, system.new_weaver(&[])?);
     let mut attach = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
     attach.send("echo before-$((1+0))\r")?;
-    attach.expect("before-1", PATIENCE)?;
+    attach.expect("before-1", TIMEOUT)?;
 
     // The cluster is a step ahead of the server's watch on pods, which hears of steps that are not its own once a minute: an
     // API server that starts anew does not remember so far back, and says that the watch has expired (410).
@@ -83,7 +83,7 @@ fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -
     namespace.kubectl(&["create", "configmap", "step", "--namespace", namespace.name()])?;
     let Some(outage) = Outage::begin("apiserver")? else { return system.stop() };
     attach.send("echo during-$((1+0))\r")?;
-    attach.expect("during-1", PATIENCE)?;
+    attach.expect("during-1", TIMEOUT)?;
     assert_eq!(system.run(&["exec", &weaver.id, "--", "echo", "in"])?, "in\n");
     let mut creating = Creating::begin(&system)?;
     // A weaver that is deleted meanwhile is closed at once, and its pod goes later.
@@ -94,15 +94,15 @@ fn weavers_outlive_an_outage_of_the_api_server_and_new_ones_wait_for_its_end() -
 
     drop(outage);
     creating.end()?;
-    eventually("the deleted weaver's pod to go", PATIENCE, || Ok((!system.has_left_something(&other)?).then_some(())))?;
+    eventually("the deleted weaver's pod to go", TIMEOUT, || Ok((!system.has_left_something(&other)?).then_some(())))?;
     let log = system.server_log();
     assert!(log.contains("the watch on pods broke") && log.contains("too old resource version"), "{log}");
     // The watch goes on: what happens now is seen.
     attach.send("echo after-$((1+0))\r")?;
-    attach.expect("after-1", PATIENCE)?;
+    attach.expect("after-1", TIMEOUT)?;
     drop(attach);
     system.kill_pod(&weaver)?;
-    eventually("the loss of a pod to be seen", PATIENCE, || {
+    eventually("the loss of a pod to be seen", TIMEOUT, || {
         Ok((system.describe(&weaver)?["status"] == "Failed").then_some(()))
     })?;
     system.stop()
@@ -115,13 +115,13 @@ fn a_server_that_starts_during_an_outage_serves_what_runs() -> Result<()> {
     let weaver = system.new_weaver(&[])?;
     let mut attach = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
     attach.send("echo before-$((1+0))\r")?;
-    attach.expect("before-1", PATIENCE)?;
+    attach.expect("before-1", TIMEOUT)?;
 
     let Some(outage) = Outage::begin("apiserver")? else { return system.stop() };
     system.kill_server()?;
     system.start_server()?;
     attach.send("echo during-$((1+0))\r")?;
-    attach.expect("during-1", PATIENCE)?;
+    attach.expect("during-1", TIMEOUT)?;
     assert_eq!(system.run(&["exec", &weaver.id, "--", "echo", "in"])?, "in\n");
     let mut creating = Creating::begin(&system)?;
 

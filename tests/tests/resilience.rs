@@ -5,7 +5,7 @@ use std::{fs, process::Stdio, time::Duration};
 use anyhow::{Context as _, Result};
 use loom_tests::{
     System, eventually,
-    system::{BACKEND, PATIENCE},
+    system::{BACKEND, TIMEOUT},
     terminal::Terminal,
 };
 
@@ -15,21 +15,21 @@ fn a_killed_server_breaks_neither_ssh_nor_attach() -> Result<()> {
     let weaver = system.new_weaver(&[])?;
     let mut ssh = Terminal::spawn(&system.loom(&["ssh", &weaver.id]))?;
     ssh.send("echo ssh-$((1+0))\r")?;
-    ssh.expect("ssh-1", PATIENCE)?;
+    ssh.expect("ssh-1", TIMEOUT)?;
     let mut attach = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
     attach.send("echo attach-$((1+0)); for i in $(seq 1 200); do echo tick-$i; sleep 0.05; done; echo the-end\r")?;
-    attach.expect("tick-5", PATIENCE)?;
+    attach.expect("tick-5", TIMEOUT)?;
 
     system.kill_server()?;
     // The direct path needs no server.
     ssh.send("echo ssh-$((1+1))\r")?;
-    ssh.expect("ssh-2", PATIENCE)?;
+    ssh.expect("ssh-2", TIMEOUT)?;
     system.start_server()?;
     ssh.send("echo ssh-$((1+2))\r")?;
-    ssh.expect("ssh-3", PATIENCE)?;
-    attach.expect("the-end", PATIENCE)?;
+    ssh.expect("ssh-3", TIMEOUT)?;
+    attach.expect("the-end", TIMEOUT)?;
     attach.send("echo attach-$((1+1))\r")?;
-    attach.expect("attach-2", PATIENCE)?;
+    attach.expect("attach-2", TIMEOUT)?;
     drop((ssh, attach));
     system.stop()
 }
@@ -42,7 +42,7 @@ fn a_server_that_stops_politely_leaves_the_weavers_running() -> Result<()> {
     system.stop_server()?;
     assert_eq!(system.pod_identity(&weaver)?, before);
     system.start_server()?;
-    eventually("the weaver to be reachable again", PATIENCE, || {
+    eventually("the weaver to be reachable again", TIMEOUT, || {
         Ok(system.output(&["exec", &weaver.id, "--", "true"])?.status.success().then_some(()))
     })?;
     assert_eq!(system.describe(&weaver)?["status"], "Running");
@@ -55,14 +55,14 @@ fn a_killed_agent_costs_no_shell_and_ssh_returns() -> Result<()> {
     let weaver = system.new_weaver(&[])?;
     let mut attach = Terminal::spawn(&system.loom(&["attach", &weaver.id]))?;
     attach.send("marker=alive-$((40+2)); echo ready\r")?;
-    attach.expect("ready", PATIENCE)?;
+    attach.expect("ready", TIMEOUT)?;
     assert_eq!(system.run(&["exec", &weaver.id, "--", "echo", "before"])?, "before\n");
 
     let sidecar = system.sidecar(&weaver)?;
     sidecar.kill();
-    eventually("another sidecar", PATIENCE, || Ok((system.sidecar(&weaver)?.pid != sidecar.pid).then_some(())))?;
+    eventually("another sidecar", TIMEOUT, || Ok((system.sidecar(&weaver)?.pid != sidecar.pid).then_some(())))?;
     attach.send("echo $marker\r")?;
-    attach.expect("alive-42", PATIENCE)?;
+    attach.expect("alive-42", TIMEOUT)?;
     let output = eventually("SSH to return", Duration::from_secs(30), || {
         let output = system.output(&["exec", &weaver.id, "--", "echo", "after"])?;
         Ok(output.status.success().then_some(output))
@@ -77,7 +77,7 @@ fn a_server_killed_while_a_weaver_is_made_finishes_it_later() -> Result<()> {
     let mut system = System::start()?;
     let mut creating =
         system.loom(&["new", "--no-attach", "--name", "early"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    eventually("the weaver's row", PATIENCE, || {
+    eventually("the weaver's row", TIMEOUT, || {
         let list = system.json(&["ps", "--json"])?;
         Ok(list.as_array().is_some_and(|list| !list.is_empty()).then_some(()))
     })?;
@@ -85,7 +85,7 @@ fn a_server_killed_while_a_weaver_is_made_finishes_it_later() -> Result<()> {
     let _ = creating.kill();
     creating.wait()?;
     system.start_server()?;
-    let described = eventually("the weaver to run", PATIENCE, || {
+    let described = eventually("the weaver to run", TIMEOUT, || {
         let list = system.json(&["ps", "--json"])?;
         let list = list.as_array().context("an array")?;
         assert_eq!(list.len(), 1, "one weaver, not two: {list:?}");
@@ -125,7 +125,7 @@ fn a_server_killed_between_any_two_writes_of_a_start_makes_one_weaver() -> Resul
             .stderr(Stdio::null())
             .spawn()?;
         revive(&mut system).with_context(|| format!("at {point}"))?;
-        let listed = eventually("the weaver to run", PATIENCE, || {
+        let listed = eventually("the weaver to run", TIMEOUT, || {
             let list = system.json(&["ps", "--json"])?;
             let list = list.as_array().context("an array")?;
             assert!(list.len() <= 1, "{point}: one weaver, not more: {list:?}");
@@ -151,7 +151,7 @@ fn a_server_killed_between_any_two_writes_of_an_end_leaves_nothing() -> Result<(
         // Its answer is lost with the server, and that is no promise broken.
         let _ = system.output(&["delete", "--yes", &weaver.id])?;
         revive(&mut system).with_context(|| format!("at {point}"))?;
-        eventually("the pod to be gone", PATIENCE, || Ok((system.count_pods()? == 0).then_some(())))
+        eventually("the pod to be gone", TIMEOUT, || Ok((system.count_pods()? == 0).then_some(())))
             .with_context(|| format!("at {point}"))?;
         assert_eq!(system.json(&["ps", "--json"])?, serde_json::json!([]), "{point}");
         let code = system.output(&["exec", &weaver.id, "--", "true"])?.status.code();

@@ -21,7 +21,7 @@ use loom_tests::{
     eventually,
     keys::KeyPair,
     processes,
-    system::{PATIENCE, free_port},
+    system::{TIMEOUT, free_port},
 };
 use rustix::process::Signal;
 use serde_json::json;
@@ -104,7 +104,7 @@ impl Colleague {
             shells: [direct?, relayed?],
         };
         for path in ["direct", "relayed"] {
-            eventually("the shells to run", PATIENCE, || Ok(self.running(path).then_some(())))?;
+            eventually("the shells to run", TIMEOUT, || Ok(self.running(path).then_some(())))?;
         }
         let status = self.loom(token, "direct", &["tunnel", "status", "--json"]).output()?;
         let status = String::from_utf8(status.stdout)?;
@@ -207,7 +207,7 @@ fn an_expired_token_ends_what_was_opened_with_it() -> Result<()> {
     let token = made.body["token"].as_str().context("a token")?;
     let opened = colleague.open(token)?;
     ensure!(Instant::now() < expires, "opening everything took longer than the token lives");
-    eventually("the token to expire", PATIENCE, || Ok((Instant::now() >= expires).then_some(())))?;
+    eventually("the token to expire", TIMEOUT, || Ok((Instant::now() >= expires).then_some(())))?;
     says(&colleague.all_ends(token, opened)?, "expired")
 }
 
@@ -228,11 +228,7 @@ fn a_removed_user_is_shut_out_and_the_weavers_in_the_personal_organisation_end()
     let opened = colleague.open(&colleague.login)?;
     system.manage(&["user", "remove", "ada"])?;
     says(&colleague.all_ends(&colleague.login, opened)?, "revoked")?;
-    eventually(
-        "the personal weaver to be removed",
-        PATIENCE,
-        || Ok((!system.has_left_something(&own)?).then_some(())),
-    )?;
+    eventually("the personal weaver to be removed", TIMEOUT, || Ok((!system.has_left_something(&own)?).then_some(())))?;
     assert!(system.has_left_something(&colleague.weaver)?, "the organisation's weaver stays");
     Ok(())
 }
@@ -319,21 +315,17 @@ fn revoked_devices_stay_revoked_while_others_are_admitted() -> Result<()> {
         open.push(place);
     }
     let wanted = before + MANY * small.len();
-    eventually(
-        "what is for the other weaver to be forwarded",
-        PATIENCE,
-        || Ok((forwarded()? >= wanted).then_some(())),
-    )?;
+    eventually("what is for the other weaver to be forwarded", TIMEOUT, || Ok((forwarded()? >= wanted).then_some(())))?;
     assert_eq!(forwarded()?, wanted, "something was forwarded to the weaver that they must not reach");
     let path = format!("/api/relay?key={}", staying[0].in_url());
     system.web_socket(&token, &path, Some("loom.relay.v1"))?.send(Message::binary(large.clone()))?;
     let wanted = wanted + large.len();
-    eventually("what may be sent to be forwarded", PATIENCE, || Ok((forwarded()? == wanted).then_some(())))?;
+    eventually("what may be sent to be forwarded", TIMEOUT, || Ok((forwarded()? == wanted).then_some(())))?;
 
     // In the agent, also in one that asks anew.
     let wanted: BTreeSet<_> = staying.iter().map(KeyPair::public).collect();
     let only_the_others = || {
-        eventually("only the others to be admitted", PATIENCE, || {
+        eventually("only the others to be admitted", TIMEOUT, || {
             Ok((system.admitted_devices(&weaver)? == wanted).then_some(()))
         })
     };

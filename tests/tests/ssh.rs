@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, Weaver, system::PATIENCE, system::output_with_input, terminal::Terminal};
+use loom_tests::{System, Weaver, system::TIMEOUT, system::output_with_input, terminal::Terminal};
 
 /// A system with one weaver in it.
 fn system_with_weaver() -> Result<(System, Weaver)> {
@@ -78,14 +78,14 @@ fn an_interactive_shell_has_a_terminal_that_follows_the_window() -> Result<()> {
     let (system, weaver) = system_with_weaver()?;
     let mut terminal = Terminal::spawn(&system.loom(&["ssh", &weaver.id]))?;
     terminal.send("stty size; tty; echo in-$((40+2))\r")?;
-    terminal.expect("in-42", PATIENCE)?;
-    terminal.expect("24 80", PATIENCE)?;
-    terminal.expect("/dev/pts/", PATIENCE)?;
+    terminal.expect("in-42", TIMEOUT)?;
+    terminal.expect("24 80", TIMEOUT)?;
+    terminal.expect("/dev/pts/", TIMEOUT)?;
     terminal.resize(30, 100)?;
     terminal.send("clear; stty size\r")?;
-    terminal.expect("30 100", PATIENCE)?;
+    terminal.expect("30 100", TIMEOUT)?;
     terminal.send("exit 3\r")?;
-    assert_eq!(terminal.wait(PATIENCE)?.code(), Some(3));
+    assert_eq!(terminal.wait(TIMEOUT)?.code(), Some(3));
     system.stop()
 }
 
@@ -109,12 +109,12 @@ fn openssh_runs_commands_and_shells_with_strict_host_keys() -> Result<()> {
     command.args(["-tt", &host]);
     let mut terminal = Terminal::spawn(&command)?;
     terminal.send("echo rows-$(stty size)\r")?;
-    terminal.expect("rows-24 80", PATIENCE)?;
+    terminal.expect("rows-24 80", TIMEOUT)?;
     terminal.resize(31, 99)?;
     terminal.send("clear; echo rows-$(stty size)\r")?;
-    terminal.expect("rows-31 99", PATIENCE)?;
+    terminal.expect("rows-31 99", TIMEOUT)?;
     terminal.send("exit\r")?;
-    assert_eq!(terminal.wait(PATIENCE)?.code(), Some(0));
+    assert_eq!(terminal.wait(TIMEOUT)?.code(), Some(0));
     system.stop()
 }
 
@@ -152,7 +152,7 @@ fn twelve_commands_at_once_over_one_openssh_connection_each_return_their_code() 
     let host = format!("{}.loom", weaver.id);
     let control = format!("ControlPath={}", system.path("ctl").display());
     let mut master = openssh(&system, "ssh")?.args(["-o", &control, "-MN", &host]).spawn()?;
-    loom_tests::eventually("the control master", PATIENCE, || Ok(system.path("ctl").exists().then_some(())))?;
+    loom_tests::eventually("the control master", TIMEOUT, || Ok(system.path("ctl").exists().then_some(())))?;
     let children = (0..12)
         .map(|code| {
             openssh(&system, "ssh")?.args(["-o", &control, &host, &format!("exit {code}")]).spawn().context("ssh")

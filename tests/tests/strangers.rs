@@ -14,7 +14,7 @@ use loom_tests::{
     System, Weaver, api, eventually,
     service::{HonestUser, PROMPT},
     strangers::{Stranger, attack, is_closed},
-    system::{PATIENCE, free_port},
+    system::{TIMEOUT, free_port},
 };
 
 /// How long each attack goes on: longer than any deadline for what it does not send.
@@ -128,7 +128,7 @@ fn a_client_that_takes_nothing_of_its_answers_is_given_up() -> Result<()> {
     let mut stream = stranger.connect()?;
     // Answers beyond what the kernel holds for both sides.
     stream.write_all("GET /api/openapi.json HTTP/1.1\r\nHost: here\r\n\r\n".repeat(REQUESTS).as_bytes())?;
-    eventually("the connection to be given up", PATIENCE, || {
+    eventually("the connection to be given up", TIMEOUT, || {
         let figures = api::metrics(&metrics)?;
         Ok(figures.contains("loom_connections_refused_total{reason=\"stalled\"} 1").then_some(()))
     })?;
@@ -167,7 +167,7 @@ fn withstands(system: &System, weaver: &Weaver, open: impl Fn(&Stranger) -> Resu
 
 fn probe(server: SocketAddr, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect(server)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

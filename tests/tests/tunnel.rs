@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
     System, eventually, postgres,
-    system::{PATIENCE, free_port},
+    system::{TIMEOUT, free_port},
     terminal::Terminal,
 };
 
@@ -21,7 +21,7 @@ fn psql_reaches_a_database_that_listens_on_the_weavers_localhost_only() -> Resul
     system.run(&["tunnel", "up", &weaver.id])?;
     let address = system.local_address(&weaver)?;
     ensure!(address.starts_with("127."), "{address} is no loopback address");
-    eventually("the database's port to appear", PATIENCE, || {
+    eventually("the database's port to appear", TIMEOUT, || {
         Ok(TcpStream::connect((address.as_str(), postgres::PORT)).is_ok().then_some(()))
     })?;
     assert_eq!(system.psql(&address, postgres::PORT, "select 6 * 7")?, "42");
@@ -59,7 +59,7 @@ fn forwards_and_socks_reach_any_port_and_a_closed_one_is_refused() -> Result<()>
         Ok(String::from_utf8(output.stdout)?)
     };
     let page = format!("http://127.0.0.1:{forward}/page");
-    eventually("the web server", PATIENCE, || Ok(fetch(&[&page]).ok().filter(|text| text == "hello-from-inside\n")))?;
+    eventually("the web server", TIMEOUT, || Ok(fetch(&[&page]).ok().filter(|text| text == "hello-from-inside\n")))?;
     let proxy = format!("socks5h://{socks_address}");
     let named = format!("http://{}.loom:8123/page", weaver.id);
     assert_eq!(fetch(&["--proxy", &proxy, &named])?, "hello-from-inside\n");
@@ -94,11 +94,11 @@ fn without_udp_the_relay_carries_everything_and_its_restart_breaks_nothing() -> 
 
     let mut ssh = Terminal::spawn(&system.loom(&["ssh", &weaver.id]))?;
     ssh.send("echo before-$((1+0))\r")?;
-    ssh.expect("before-1", PATIENCE)?;
+    ssh.expect("before-1", TIMEOUT)?;
     system.kill_server()?;
     ssh.send("echo typed-while-the-relay-is-away-$((1+0))\r")?;
     system.start_server()?;
-    ssh.expect("typed-while-the-relay-is-away-1", PATIENCE)?;
+    ssh.expect("typed-while-the-relay-is-away-1", TIMEOUT)?;
     drop(ssh);
     system.stop()
 }

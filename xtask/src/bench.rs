@@ -22,7 +22,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     bench.args(&options.filter);
     let cluster = if options.filter.as_deref().is_some_and(|filter| filter.starts_with("kubernetes")) {
         tools::kwok()?;
-        let cluster = cluster::Own::start(&binaries)?;
+        let cluster = cluster::OwnedCluster::start(&binaries)?;
         bench.env("KUBECONFIG", cluster.kubeconfig());
         Some(cluster)
     } else {

@@ -9,14 +9,14 @@ use anyhow::{Context as _, Result, ensure};
 
 /// The repository's root.
 pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask/ stands in the repository")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask/ is in the repository")
 }
 
 /// Runs cargo in the repository, with more variables in its environment.
 pub(crate) fn cargo(arguments: &[&str], env: &[(&str, &str)]) -> Result<()> {
     eprintln!("$ cargo {}", arguments.join(" "));
     let mut command = Command::new(env!("CARGO"));
-    // What cargo told this program of itself would be news to build scripts, and have them run again.
+    // The variables that cargo sets for this program would make build scripts run again.
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("CARGO_PKG_") || name.to_string_lossy().starts_with("CARGO_MANIFEST_") {
             command.env_remove(name);

@@ -8,10 +8,10 @@ use loom_tests::cluster::{Cluster, kubectl, registry};
 
 use crate::{build, images, tools};
 
-/// Gives this machine a Kubernetes of its own, and takes it away again.
+/// Starts and stops a Kubernetes cluster on this machine.
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Builds and starts it; the one before, or what is left of it, goes first.
+    /// Builds and starts the cluster; first removes an earlier one, or what is left of it.
     Up,
     /// Stops the cluster and removes everything it created.
     Down,
@@ -55,10 +55,10 @@ fn up(binaries: &Path) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// A cluster that ends with its owner.
-pub(crate) struct Own(Cluster);
+/// A cluster that is stopped when dropped.
+pub(crate) struct OwnedCluster(Cluster);
 
-impl Own {
+impl OwnedCluster {
     /// Builds and starts it.
     pub(crate) fn start(binaries: &Path) -> Result<Self> {
         up(binaries).map(Self)
@@ -69,7 +69,7 @@ impl Own {
     }
 }
 
-impl Drop for Own {
+impl Drop for OwnedCluster {
     fn drop(&mut self) {
         if let Err(error) = self.0.down() {
             eprintln!("the cluster could not be removed: {error:#}");

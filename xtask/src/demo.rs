@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: the main job, once through, on this machine.
+//! `cargo xtask demo`: runs the main scenario once, on this machine.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -49,7 +49,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     step("Start PostgreSQL in the weaver, on its localhost only, and ask it from outside through the tunnel");
     system.start_postgres(&weaver)?;
     let address = system.local_address(&weaver)?;
-    loom_tests::eventually("the database's port to appear", loom_tests::system::PATIENCE, || {
+    loom_tests::eventually("the database's port to appear", loom_tests::system::TIMEOUT, || {
         Ok(std::net::TcpStream::connect((address.as_str(), postgres::PORT)).is_ok().then_some(()))
     })?;
     say(&format!("$ psql -h {address} -U loom postgres -c 'select version()'"));

@@ -18,8 +18,8 @@ use crate::{
 
 /// The Debian release that images are made from.
 const RELEASE: &str = "bookworm";
-/// Documentation and translations: nobody reads them in a container.
-const LEFT_OUT: [&str; 3] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
+/// Documentation and translations, which nobody reads in a container.
+const EXCLUDED: [&str; 3] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
 
 /// Builds an image as an OCI archive, without Docker.
 #[derive(Args)]
@@ -28,7 +28,7 @@ pub(crate) struct Options {
     image: Image,
 }
 
-/// The images that people use.
+/// The images of a release.
 #[derive(Clone, Copy, ValueEnum)]
 enum Image {
     /// The agent, for the sidecar of weavers' pods.
@@ -51,7 +51,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Everything that the test cluster's registry holds.
+/// All images in the test cluster's registry.
 pub(crate) fn for_tests(binaries: &Path) -> Result<Vec<PathBuf>> {
     Ok(vec![pause()?, program("agent", binaries)?, program("server", binaries)?, weaver()?, postgres()?, alone()?])
 }
@@ -161,7 +161,7 @@ impl Debian {
         let mut command = Command::new("mmdebstrap");
         command
             .args(["--quiet", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\""])
-            .args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")))
+            .args(EXCLUDED.map(|path| format!("--dpkgopt=path-exclude={path}")))
             .arg(format!("--include={}", self.packages.join(",")))
             // Whoever a pod runs as has a name, and a home.
             .arg("--customize-hook=chroot \"$1\" useradd --create-home --uid 1000 --shell /bin/bash loom")

@@ -16,9 +16,9 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "cargo xtask")]
 enum Command {
-    /// Builds everything and shows the main job: a weaver, its shell, its database.
+    /// Builds everything and runs the main scenario: a weaver, its shell, its database.
     Demo(demo::Options),
-    /// Installs what the tests need and passes them all.
+    /// Installs what the tests need and runs them all.
     Test(test::Options),
     /// Measures what docs/benchmarks.md reports.
     Bench(bench::Options),

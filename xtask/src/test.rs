@@ -12,10 +12,10 @@ use loom_tests::system::BACKEND;
 use crate::{build, cluster, tools};
 
 /// The end-to-end tests of what users do, which run on both backends.
-const BOTH: [&str; 6] = ["attach", "interop", "lifecycle", "resilience", "ssh", "tunnel"];
-/// Those that need a cluster, or a tool that only an administrator installs.
+const BOTH_BACKENDS: [&str; 6] = ["attach", "interop", "lifecycle", "resilience", "ssh", "tunnel"];
+/// Those that need a cluster, or a tool that only root can install.
 const NOT_LOCAL: [&str; 4] = ["deploy", "kubernetes", "nix", "outage"];
-/// Names the cluster for the tests; when it is not set, they get one of their own.
+/// Names the cluster for the tests; if it is not set, they start one.
 const KUBECONFIG: &str = "KUBECONFIG";
 
 /// Runs all tests.
@@ -23,7 +23,7 @@ const KUBECONFIG: &str = "KUBECONFIG";
 pub(crate) struct Options {
     /// Only tests whose names contain this.
     filter: Option<String>,
-    /// Leaves out what needs a Kubernetes cluster, which only an administrator can start.
+    /// Leaves out tests that need a Kubernetes cluster, which only root can start.
     #[arg(long)]
     no_cluster: bool,
 }
@@ -44,11 +44,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         test(&end_to_end(&local), filter, &[])?;
     } else {
         let named = std::env::var_os(KUBECONFIG).filter(|path| !path.is_empty()).map(PathBuf::from);
-        let own = if named.is_none() { Some(cluster::Own::start(&binaries)?) } else { None };
-        let kubeconfig = named.or(own.as_ref().map(cluster::Own::kubeconfig)).unwrap_or_default();
+        let own = if named.is_none() { Some(cluster::OwnedCluster::start(&binaries)?) } else { None };
+        let kubeconfig = named.or(own.as_ref().map(cluster::OwnedCluster::kubeconfig)).unwrap_or_default();
         let kubeconfig = kubeconfig.to_string_lossy();
         test(&["test", "--workspace"], filter, &[(KUBECONFIG, &kubeconfig)])?;
-        test(&end_to_end(&BOTH), filter, &[(KUBECONFIG, &kubeconfig), (BACKEND, "kubernetes")])?;
+        test(&end_to_end(&BOTH_BACKENDS), filter, &[(KUBECONFIG, &kubeconfig), (BACKEND, "kubernetes")])?;
     }
     // The simulator stops the clock, which no binary may be built with: a run of its own.
     test(&["test", "--package", "loom-tunnel", "--features", "simulated-time", "--test", "simulation"], filter, &[])

@@ -44,7 +44,7 @@ fn every_test_that_the_threat_model_names_exists() {
 }
 
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask stands in the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace")
 }
 
 /// The numbers of the lines that are too long. Tables and code blocks cannot be wrapped.

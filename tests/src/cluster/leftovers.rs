@@ -18,7 +18,7 @@ use super::run;
 use crate::{processes, system::output_with_input, wait::eventually};
 
 /// How long killed processes may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Ends every container, and the shims that hold them.
 pub(super) fn end_containers(directory: &Path) {
@@ -41,7 +41,7 @@ pub(super) fn end_containers(directory: &Path) {
 
 /// Removes mounts, interfaces, control groups and files.
 pub(super) fn remove(directory: &Path, bridges: &[&str], pods: &str) -> Result<()> {
-    eventually("the cluster's processes to be gone", PATIENCE, || {
+    eventually("the cluster's processes to be gone", TIMEOUT, || {
         let left = processes::belonging_to(directory);
         // Whoever looks at the cluster from a shell names the directory too.
         let ours = |process: &processes::Process| process.arguments[0].contains("containerd-shim");

@@ -1,11 +1,10 @@
 //! A real Kubernetes on this machine: one node with etcd, the control plane, kubelet, containerd and CNI, and a registry
-//! beside it with the images that tests need.
+//! with the images that tests need.
 //!
 //! There is one per machine, in [`DIRECTORY`], because ports, bridges and addresses are the machine's. [`Cluster::up`]
-//! first clears away what an earlier one left, also after a crash: every process is known by its id *and* its start
-//! time, and what containers left by mounts and interfaces. Only an administrator can run it. `cargo xtask cluster`
-//! gives one to a developer, and `cargo xtask test` one to the tests; these find it by `KUBECONFIG`, which may as well
-//! name another cluster.
+//! first removes what an earlier one left, even after a crash: it finds processes by their id *and* start time, and the
+//! leftovers of containers by mounts and interfaces. It needs root. `cargo xtask cluster` starts one for developers, and
+//! `cargo xtask test` one for the tests, which find it by `KUBECONFIG`; that may also name another cluster.
 
 mod leftovers;
 mod parts;
@@ -24,24 +23,23 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::{processes, wait::eventually};
 use parts::Part;
 
-/// Where everything of the cluster is: short, for the sake of unix sockets.
+/// The cluster's directory. Short, because paths of unix sockets must be.
 pub const DIRECTORY: &str = "/var/lib/loom-cluster";
-/// The node's address, on a bridge of its own: a node's address must not be loopback.
+/// The node's address, on its own bridge, because it must not be loopback.
 pub const NODE: &str = "10.86.0.1";
-/// An address of this machine that stands for the world outside of the cluster (RFC 5737, TEST-NET-2).
+/// An address of this machine that acts as the world outside the cluster (RFC 5737, TEST-NET-2).
 pub const OUTSIDE: &str = "198.51.100.7";
 /// The pods' addresses.
 const PODS: &str = "10.85.0.0/16";
-/// The services' addresses; the API server has the first.
+/// The services' addresses; the first is the API server's.
 const SERVICES: &str = "10.96.0.0/16";
 /// The bridge with the node's address.
 const NODE_BRIDGE: &str = "loomnode0";
 /// The pods' bridge.
 const POD_BRIDGE: &str = "loompods0";
-/// The API server's port.
 const API_PORT: u16 = 16443;
-/// How long each part may take to come up.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// For each part to start.
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The cluster of this machine.
 #[derive(Debug, Clone)]
@@ -62,7 +60,7 @@ impl Cluster {
     /// the registry as [`registry::image`]`("NAME")`, and one whose name begins with `private-` to the registry that
     /// asks for a password.
     pub fn up(&self, images: &[PathBuf]) -> Result<()> {
-        ensure!(processes::am_root(), "only an administrator can run a cluster on this machine");
+        ensure!(processes::am_root(), "only root can run a cluster on this machine");
         self.down()?;
         for directory in ["pki", "run", "log", "cni", "containerd", "kubelet", "etcd", "registry", "hosts"] {
             fs::create_dir_all(self.path(directory))?;
@@ -74,14 +72,14 @@ impl Cluster {
         for part in parts::CONTROL_PLANE {
             self.start(part)?;
         }
-        eventually("the API server", PATIENCE, || {
+        eventually("the API server", TIMEOUT, || {
             self.check_parts()?;
             Ok(self.try_kubectl(&["get", "--raw", "/readyz"]).is_ok().then_some(()))
         })?;
         for part in parts::WORKERS {
             self.start(part)?;
         }
-        eventually("the node", PATIENCE, || {
+        eventually("the node", TIMEOUT, || {
             self.check_parts()?;
             let nodes = self.try_kubectl(&["get", "nodes", "--no-headers"]).unwrap_or_default();
             Ok(nodes.split_whitespace().any(|word| word == "Ready").then_some(()))
@@ -89,7 +87,7 @@ impl Cluster {
         for part in parts::NETWORK {
             self.start(part)?;
         }
-        eventually("services and network policies", PATIENCE, || {
+        eventually("services and network policies", TIMEOUT, || {
             self.check_parts()?;
             let rules = Command::new("iptables-save").output()?.stdout;
             let rules = String::from_utf8_lossy(&rules);
@@ -97,7 +95,7 @@ impl Cluster {
         })
     }
 
-    /// Ends it, and removes all that it made.
+    /// Stops it, and removes everything it created.
     pub fn down(&self) -> Result<()> {
         if !self.directory.exists() {
             return Ok(());
@@ -125,12 +123,12 @@ impl Cluster {
         self.path("admin.kubeconfig")
     }
 
-    /// Ends one part as a crash would.
+    /// Kills one part, as in a crash.
     pub fn kill(&self, part: &str) -> Result<()> {
         parts::stop(&self.path("run"), part)
     }
 
-    /// Starts a part again that was ended.
+    /// Restarts a part that was killed.
     pub fn restart(&self, part: &str) -> Result<()> {
         let all = parts::CONTROL_PLANE.iter().chain(parts::WORKERS).chain(parts::NETWORK);
         let part = all.into_iter().find(|known| known.name == part).context("no such part")?;

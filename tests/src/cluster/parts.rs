@@ -14,8 +14,8 @@ use rustix::process::Signal;
 use super::{API_PORT, NODE, POD_BRIDGE, PODS, SERVICES, registry};
 use crate::{processes, wait::eventually};
 
-/// How long a part may take to end when asked to.
-const POLITE: Duration = Duration::from_secs(3);
+/// For a part to stop before it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A process of the cluster.
 pub(super) struct Part {
@@ -191,14 +191,14 @@ pub(super) fn spawn(directory: &Path, name: &str, command: &mut Command) -> Resu
     Ok(fs::write(directory.join("run").join(format!("{name}.pid")), identity)?)
 }
 
-/// Ends a process that was started so; one that is gone already is no error.
+/// Stops a process that [`spawn`] started; ignores that it is gone already.
 pub(super) fn stop(run: &Path, name: &str) -> Result<()> {
     let file = run.join(format!("{name}.pid"));
     if let Some(pid) = live(&file) {
         processes::signal(pid, Signal::TERM);
-        if eventually(name, POLITE, || Ok(live(&file).is_none().then_some(()))).is_err() {
+        if eventually(name, STOP_TIMEOUT, || Ok(live(&file).is_none().then_some(()))).is_err() {
             processes::signal(pid, Signal::KILL);
-            eventually(&format!("{name} to be gone"), POLITE, || Ok(live(&file).is_none().then_some(())))?;
+            eventually(&format!("{name} to be gone"), STOP_TIMEOUT, || Ok(live(&file).is_none().then_some(())))?;
         }
     }
     match fs::remove_file(&file) {
@@ -207,7 +207,7 @@ pub(super) fn stop(run: &Path, name: &str) -> Result<()> {
     }
 }
 
-/// All that were started, running or not.
+/// All processes that were started, running or not.
 pub(super) fn started(run: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(run) else { return Vec::new() };
     let mut names: Vec<String> = entries
@@ -218,7 +218,7 @@ pub(super) fn started(run: &Path) -> Vec<String> {
     names
 }
 
-/// Those that run.
+/// The running processes.
 pub(super) fn running(run: &Path) -> Vec<String> {
     started(run).into_iter().filter(|name| live(&run.join(format!("{name}.pid"))).is_some()).collect()
 }

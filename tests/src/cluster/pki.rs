@@ -10,7 +10,7 @@ use anyhow::Result;
 use super::{NODE, run};
 
 /// Name, subject and names of each certificate.
-const LEAVES: [(&str, &str, &str); 7] = [
+const CERTIFICATES: [(&str, &str, &str); 7] = [
     ("apiserver", "/CN=kube-apiserver", "IP:127.0.0.1,IP:10.96.0.1,DNS:localhost,DNS:kubernetes.default.svc"),
     ("admin", "/O=system:masters/CN=admin", "DNS:admin"),
     ("kubelet-client", "/O=system:masters/CN=kube-apiserver-kubelet-client", "DNS:apiserver"),
@@ -20,19 +20,19 @@ const LEAVES: [(&str, &str, &str); 7] = [
     ("scheduler", "/CN=system:kube-scheduler", "DNS:scheduler"),
 ];
 
-/// Makes the authority, one certificate for each part, and the key that signs service accounts' tokens.
+/// Creates the CA, a certificate for each part, and the key that signs service account tokens.
 pub(super) fn make(directory: &Path) -> Result<()> {
     authority(directory)?;
     let accounts = file(directory, "accounts", "key");
     key(&accounts)?;
     run("openssl", &["ec", "-in", &accounts, "-pubout", "-out", &file(directory, "accounts", "pub")])?;
-    for (name, subject, names) in LEAVES {
+    for (name, subject, names) in CERTIFICATES {
         leaf(directory, name, subject, &format!("{names},IP:{NODE}"))?;
     }
     Ok(())
 }
 
-/// Makes an authority, `ca.crt` and `ca.key`.
+/// Creates a CA, `ca.crt` and `ca.key`.
 fn authority(directory: &Path) -> Result<()> {
     let (secret, certificate) = (file(directory, "ca", "key"), file(directory, "ca", "crt"));
     key(&secret)?;
@@ -70,10 +70,6 @@ pub struct Authority {
 
 impl Authority {
     /// A new one.
-    ///
-    /// # Errors
-    ///
-    /// When `openssl` cannot make it.
     pub fn new() -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("loom-pki-").tempdir()?;
         authority(directory.path())?;
@@ -87,20 +83,12 @@ impl Authority {
     }
 
     /// The files of a certificate for `names`, as `subjectAltName` has them, and of its key.
-    ///
-    /// # Errors
-    ///
-    /// When `openssl` cannot make it.
     pub fn server(&self, name: &str, names: &str) -> Result<[PathBuf; 2]> {
         leaf(self.directory.path(), name, "/CN=loom-server", names)?;
         Ok(["crt", "key"].map(|extension| self.directory.path().join(format!("{name}.{extension}"))))
     }
 
     /// The same, but the certificate expired at the end of 2020.
-    ///
-    /// # Errors
-    ///
-    /// When `openssl` cannot make it.
     pub fn expired_server(&self, name: &str, names: &str) -> Result<[PathBuf; 2]> {
         let files = self.server(name, names)?;
         let directory = self.directory.path();

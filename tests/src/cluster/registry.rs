@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Cluster, NODE, PATIENCE, parts, run};
+use super::{Cluster, NODE, TIMEOUT, parts, run};
 use crate::wait::eventually;
 
 /// The registry that everybody may pull from.
@@ -64,7 +64,7 @@ pub(super) fn start(cluster: &Cluster, images: &[PathBuf]) -> Result<()> {
         )?;
     }
     for address in [OPEN, PRIVATE] {
-        eventually(&format!("the registry at {address} on {NODE}"), PATIENCE, || {
+        eventually(&format!("the registry at {address} on {NODE}"), TIMEOUT, || {
             cluster.check_parts()?;
             Ok(TcpStream::connect(address).is_ok().then_some(()))
         })?;

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, api::metrics, cluster::registry, eventually, namespace::Namespace, processes, system::PATIENCE,
+    System, api::metrics, cluster::registry, eventually, namespace::Namespace, processes, system::TIMEOUT,
     system::free_port, system::output_with_input, tools,
 };
 use serde_json::{Value, json};
@@ -17,13 +17,13 @@ use serde_json::{Value, json};
 use crate::product::{Running, mebibytes, memory, new_until_prompt, print_times};
 
 /// How often each start is timed.
-const TRIES: usize = 10;
+const ITERATIONS: usize = 10;
 /// Real weavers made at once.
 const AT_ONCE: usize = 200;
 /// Weavers whose pods are KWOK's.
 const MANY: usize = 1000;
 /// How long the server is watched at rest.
-const REST: Duration = Duration::from_secs(60);
+const IDLE_PERIOD: Duration = Duration::from_secs(60);
 /// For what takes minutes.
 const LONG: Duration = Duration::from_secs(900);
 
@@ -50,10 +50,11 @@ fn starts() -> Result<()> {
     system.run(&["delete", "--yes", &first.id])?;
 
     let mut api = Api::open(namespace)?;
-    let bare = (0..TRIES).map(|number| api.start_bare_pod(&format!("bare-{number}"))).collect::<Result<Vec<_>>>()?;
+    let bare =
+        (0..ITERATIONS).map(|number| api.start_bare_pod(&format!("bare-{number}"))).collect::<Result<Vec<_>>>()?;
     let mut weavers = Vec::new();
     let mut stages = Vec::new();
-    for number in 0..TRIES {
+    for number in 0..ITERATIONS {
         let name = format!("timed-{number}");
         let (terminal, elapsed) = new_until_prompt(&system, &name)?;
         weavers.push(elapsed);
@@ -109,7 +110,7 @@ impl Api {
         let lines = BufReader::new(watch.stdout.take().context("standard output was piped")?);
         let pods = format!("http://127.0.0.1:{port}/api/v1/namespaces/{}/pods", namespace.name());
         let api = Self { _proxy: Running(proxy), _watch: Running(watch), lines, pods };
-        eventually("kubectl proxy", PATIENCE, || Ok(api.request("GET", "", "").is_ok().then_some(())))?;
+        eventually("kubectl proxy", TIMEOUT, || Ok(api.request("GET", "", "").is_ok().then_some(())))?;
         Ok(api)
     }
 
@@ -262,11 +263,11 @@ fn agents_seconds(role: &str) -> Result<f64> {
     agents.map(|agent| processor_seconds(agent.pid)).sum()
 }
 
-/// What happens while nothing is asked for: by how much each figure grows in [`REST`].
+/// What happens while nothing is asked for: by how much each figure grows in [`IDLE_PERIOD`].
 fn at_rest<const N: usize>(figures: impl Fn() -> Result<[f64; N]>) -> Result<[f64; N]> {
     let before = figures()?;
     // What is measured is that nothing happens for a while.
-    std::thread::sleep(REST);
+    std::thread::sleep(IDLE_PERIOD);
     let after = figures()?;
     Ok(std::array::from_fn(|index| after[index] - before[index]))
 }

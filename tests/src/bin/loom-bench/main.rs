@@ -9,7 +9,7 @@ mod traffic;
 use std::net::TcpStream;
 
 use anyhow::{Result, bail, ensure};
-use loom_tests::{eventually, system::PATIENCE};
+use loom_tests::{eventually, system::TIMEOUT};
 
 /// Seconds of each stream.
 const SECONDS: u8 = 5;
@@ -69,7 +69,7 @@ fn row(name: &str, cable: &peers::Cable, server: &str) -> Result<()> {
 /// Measures one path, and prints its line.
 pub(crate) fn print_row(name: &str, server: &str, port: u16) -> Result<()> {
     let server = (server, port);
-    eventually("the measurement's server", PATIENCE, || Ok(TcpStream::connect(server).is_ok().then_some(())))?;
+    eventually("the measurement's server", TIMEOUT, || Ok(TcpStream::connect(server).is_ok().then_some(())))?;
     let latency = traffic::echo(server)?;
     let up = traffic::upload(server, SECONDS)?;
     let down = traffic::download(server, SECONDS)?;

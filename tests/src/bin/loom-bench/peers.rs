@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{eventually, system::PATIENCE};
+use loom_tests::{eventually, system::TIMEOUT};
 
 /// Two hosts, `a` and `b`, each a network namespace; removed when dropped.
 pub(crate) struct Cable {
@@ -77,7 +77,7 @@ impl Cable {
             let socket = PathBuf::from(format!("/var/run/wireguard/{interface}.sock"));
             self.sockets.push(socket.clone());
             let mut control =
-                eventually("wireguard-go's configuration socket", PATIENCE, || Ok(UnixStream::connect(&socket).ok()))?;
+                eventually("wireguard-go's configuration socket", TIMEOUT, || Ok(UnixStream::connect(&socket).ok()))?;
             write!(
                 control,
                 "set=1\nprivate_key={}\nlisten_port={UDP_PORT}\npublic_key={}\nendpoint={}:{UDP_PORT}\nallowed_ip={}/32\n\n",

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
     System, Weaver,
     processes::{self, Memory},
-    system::PATIENCE,
+    system::TIMEOUT,
     terminal::Terminal,
     wireguard_go::WireGuardGo,
 };
@@ -17,7 +17,7 @@ use loom_tests::{
 use crate::{PORT, print_row};
 
 /// How often each command is timed.
-const TRIES: usize = 10;
+const ITERATIONS: usize = 10;
 /// The end of a shell's prompt in the workspace.
 const PROMPT: &str = ":/workspace$";
 /// How many weavers the server's memory is measured with.
@@ -51,7 +51,7 @@ pub(crate) fn measure_tunnel() -> Result<()> {
 pub(crate) fn measure_times() -> Result<()> {
     let system = System::start()?;
     let mut times = Vec::new();
-    for _ in 0..TRIES {
+    for _ in 0..ITERATIONS {
         let (terminal, elapsed) = new_until_prompt(&system, "timed")?;
         times.push(elapsed);
         drop(terminal);
@@ -61,15 +61,16 @@ pub(crate) fn measure_times() -> Result<()> {
 
     let weaver = system.new_weaver(&[])?;
     let mut cold = Vec::new();
-    for _ in 0..TRIES {
+    for _ in 0..ITERATIONS {
         if let Some(daemon) = system.daemon() {
             daemon.kill();
         }
         cold.push(timed(|| system.run(&["ssh", &weaver.id, "--", "true"]))?.1);
     }
     print_times("loom ssh ID -- true, cold (no daemon)", cold);
-    let warm =
-        (0..TRIES).map(|_| Ok(timed(|| system.run(&["ssh", &weaver.id, "--", "true"]))?.1)).collect::<Result<_>>()?;
+    let warm = (0..ITERATIONS)
+        .map(|_| Ok(timed(|| system.run(&["ssh", &weaver.id, "--", "true"]))?.1))
+        .collect::<Result<_>>()?;
     print_times("loom ssh ID -- true, warm", warm);
     system.stop()
 }
@@ -79,7 +80,7 @@ pub(crate) fn new_until_prompt(system: &System, name: &str) -> Result<(Terminal,
     let new = system.loom(&["new", "--name", name]);
     timed(|| {
         let terminal = Terminal::spawn(&new)?;
-        terminal.expect(PROMPT, PATIENCE)?;
+        terminal.expect(PROMPT, TIMEOUT)?;
         Ok(terminal)
     })
 }
@@ -113,7 +114,7 @@ fn serve_in(system: &System, weaver: &Weaver) -> Result<Running> {
         let ports = described["agent"]["ports"].as_array().cloned().unwrap_or_default();
         Ok(ports.iter().any(|port| *port == PORT).then_some(()))
     };
-    loom_tests::eventually("the server in the weaver", PATIENCE, ports)?;
+    loom_tests::eventually("the server in the weaver", TIMEOUT, ports)?;
     Ok(Running(child))
 }
 

@@ -4,7 +4,8 @@
 //! removed here, whether or not the server is reachable.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
+    net::Ipv6Addr,
     sync::Arc,
     time::Duration,
 };
@@ -42,16 +43,53 @@ impl Peers for Tunnel {
 /// The grants in force.
 pub(crate) struct Grants<P = Tunnel> {
     peers: P,
-    held: Mutex<HashMap<WireGuardKey, Held>>,
+    held: Mutex<Held>,
     /// Grants from before the current welcome that its pages have not named so far.
     stale: Mutex<HashSet<WireGuardKey>>,
     changed: Notify,
 }
 
-#[derive(Clone)]
+/// The grants held, with indexes: a weaver may have 10,000 of them, and admitting one must not scan the others.
+#[derive(Default)]
 struct Held {
+    by_key: HashMap<WireGuardKey, HeldGrant>,
+    by_address: HashMap<Ipv6Addr, WireGuardKey>,
+    by_end: BTreeSet<(Timestamp, WireGuardKey)>,
+}
+
+struct HeldGrant {
     grant: Grant,
     user: Arc<str>,
+}
+
+impl Held {
+    /// Whether this very grant is held, unchanged.
+    fn contains(&self, grant: &Grant) -> bool {
+        self.by_key.get(&grant.public_key).is_some_and(|held| held.grant == *grant)
+    }
+
+    /// Replaces an earlier grant of the same key, and that of another device with the same address.
+    fn insert(&mut self, grant: Grant) {
+        self.remove(&grant.public_key);
+        if let Some(holder) = self.by_address.insert(grant.address, grant.public_key) {
+            self.remove(&holder);
+            self.by_address.insert(grant.address, grant.public_key);
+        }
+        self.by_end.insert((grant.expires_at, grant.public_key));
+        let user = grant.user.as_str().into();
+        self.by_key.insert(grant.public_key, HeldGrant { grant, user });
+    }
+
+    fn remove(&mut self, key: &WireGuardKey) -> bool {
+        let Some(HeldGrant { grant, .. }) = self.by_key.remove(key) else { return false };
+        self.by_address.remove(&grant.address);
+        self.by_end.remove(&(grant.expires_at, *key))
+    }
+
+    /// The grant that expires first.
+    fn first_end(&self) -> Option<(Timestamp, WireGuardKey)> {
+        self.by_end.first().copied()
+    }
 }
 
 impl<P: Peers> Grants<P> {
@@ -59,7 +97,7 @@ impl<P: Peers> Grants<P> {
         Self { peers, held: Mutex::default(), stale: Mutex::default(), changed: Notify::new() }
     }
 
-    fn held(&self) -> MutexGuard<'_, HashMap<WireGuardKey, Held>> {
+    fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock()
     }
 
@@ -69,7 +107,7 @@ impl<P: Peers> Grants<P> {
 
     /// Replaces all grants by these, and if there are more by those that follow in [`Self::add_page`].
     pub(crate) fn replace(&self, grants: Vec<Grant>, more: bool) {
-        *self.stale() = self.held().keys().copied().collect();
+        *self.stale() = self.held().by_key.keys().copied().collect();
         self.add_page(grants, more);
     }
 
@@ -95,7 +133,7 @@ impl<P: Peers> Grants<P> {
             return false;
         }
         let mut held = self.held();
-        if held.get(&key).is_some_and(|held| held.grant == grant) {
+        if held.contains(&grant) {
             return true;
         }
         let Some(preshared_key) = preshared_key(&grant) else {
@@ -109,17 +147,15 @@ impl<P: Peers> Grants<P> {
             address: grant.address,
             candidates: grant.candidates.clone(),
         });
-        // An address belongs to one device; the tunnel also replaces a previous holder.
-        held.retain(|_, other| other.grant.address != grant.address || other.grant.public_key == key);
-        let user = grant.user.as_str().into();
-        held.insert(key, Held { grant, user });
+        // The tunnel also replaces a previous holder of the address.
+        held.insert(grant);
         drop(held);
         self.changed.notify_one();
         true
     }
 
     pub(crate) fn revoke(&self, key: WireGuardKey) {
-        if self.held().remove(&key).is_some() {
+        if self.held().remove(&key) {
             tracing::info!(peer = %key, "a device is removed");
         }
         self.peers.remove(&PublicKey::from(key.0));
@@ -127,7 +163,7 @@ impl<P: Peers> Grants<P> {
 
     /// The user who owns a peer's device.
     pub(crate) fn user(&self, peer: &PublicKey) -> Option<Arc<str>> {
-        self.held().get(&WireGuardKey(peer.to_bytes())).map(|held| Arc::clone(&held.user))
+        self.held().by_key.get(&WireGuardKey(peer.to_bytes())).map(|held| Arc::clone(&held.user))
     }
 
     /// Removes peers when their grants expire; never returns.
@@ -144,16 +180,13 @@ impl<P: Peers> Grants<P> {
 
     /// Removes expired grants; returns when the next one expires.
     fn remove_expired(&self, now: Timestamp) -> Option<Timestamp> {
-        let expired: Vec<_> = self
-            .held()
-            .values()
-            .filter(|held| held.grant.expires_at <= now)
-            .map(|held| held.grant.public_key)
-            .collect();
-        for key in expired {
-            self.revoke(key);
+        loop {
+            let first = self.held().first_end();
+            match first {
+                Some((end, key)) if end <= now => self.revoke(key),
+                first => return first.map(|(end, _)| end),
+            }
         }
-        self.held().values().map(|held| held.grant.expires_at).min()
     }
 }
 
@@ -169,8 +202,6 @@ fn preshared_key(grant: &Grant) -> Option<[u8; 32]> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv6Addr;
-
     use jiff::SignedDuration;
     use loom_api::Secret;
 
@@ -214,6 +245,24 @@ mod tests {
         assert_eq!(admitted(&grants), [2, 3]);
         assert_eq!(grants.user(&PublicKey::from([3; 32])).as_deref(), Some("user3"));
         assert_eq!(grants.user(&PublicKey::from([1; 32])), None);
+    }
+
+    #[test]
+    fn an_address_belongs_to_the_device_that_was_granted_it_last() {
+        let grants = Grants::new(Recorder::default());
+        assert!(grants.add(grant(1, 60)));
+        let moved = Grant { public_key: WireGuardKey([2; 32]), ..grant(1, 60) };
+        assert!(grants.add(moved.clone()));
+        assert_eq!(grants.user(&PublicKey::from([1; 32])), None);
+        assert!(grants.user(&PublicKey::from([2; 32])).is_some());
+        // Nothing is left of a grant that was changed or removed.
+        assert!(grants.add(Grant { expires_at: moved.expires_at + SignedDuration::from_secs(60), ..moved }));
+        let held = grants.held();
+        assert_eq!((held.by_key.len(), held.by_address.len(), held.by_end.len()), (1, 1, 1));
+        drop(held);
+        grants.revoke(WireGuardKey([2; 32]));
+        let held = grants.held();
+        assert!(held.by_key.is_empty() && held.by_address.is_empty() && held.by_end.is_empty());
     }
 
     #[test]

@@ -143,8 +143,9 @@ pub(crate) struct Core {
     pub(crate) node: Node,
     pub(crate) netstack: Netstack,
     pub(crate) relay: RelayQueue,
-    /// The peers by their addresses.
+    /// The peers by their addresses, and the other way round.
     peers: HashMap<Ipv6Addr, PublicKey>,
+    addresses: HashMap<PublicKey, Ipv6Addr>,
     closed: bool,
     /// Batches to send although their peer was removed.
     final_batches: VecDeque<(SocketAddr, usize, Vec<u8>)>,
@@ -174,6 +175,7 @@ impl Tunnel {
                 netstack: Netstack::new(config.address, random_seed()?, now),
                 relay: RelayQueue::default(),
                 peers: HashMap::new(),
+                addresses: HashMap::new(),
                 closed: false,
                 final_batches: VecDeque::new(),
                 packet: Vec::new(),
@@ -217,15 +219,13 @@ impl Tunnel {
         let mut core = self.shared().lock();
         let core = &mut *core;
         let (key, address) = (peer.public_key, peer.address);
-        core.peers.retain(|&old, &mut holder| {
-            let moved = holder == key && old != address;
-            if moved {
-                core.netstack.reset(Some(old));
-            }
-            !moved
-        });
-        if core.peers.insert(address, key).is_some_and(|old| old != key) {
+        if let Some(old) = core.addresses.insert(key, address).filter(|old| *old != address) {
+            core.netstack.reset(Some(old));
+            core.peers.remove(&old);
+        }
+        if let Some(old) = core.peers.insert(address, key).filter(|old| *old != key) {
             core.netstack.reset(Some(address));
+            core.addresses.remove(&old);
         }
         core.node.upsert_peer(now, peer, initiate);
         self.shared().wake();
@@ -246,6 +246,7 @@ impl Tunnel {
             }
             core.take_final_batches();
             core.peers.remove(&address);
+            core.addresses.remove(key);
         }
         core.node.remove_peer(now, key);
         self.shared().wake();
@@ -396,7 +397,7 @@ impl Core {
 
     /// The address of a peer.
     pub(crate) fn address_of(&self, key: &PublicKey) -> Option<Ipv6Addr> {
-        self.peers.iter().find(|(_, holder)| *holder == key).map(|(&address, _)| address)
+        self.addresses.get(key).copied()
     }
 }
 

@@ -14,6 +14,7 @@ pub mod agent;
 pub mod api;
 pub mod cluster;
 pub mod disk;
+pub mod fairness;
 pub mod git;
 pub mod keys;
 pub mod namespace;

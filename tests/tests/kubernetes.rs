@@ -9,7 +9,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use loom_tests::{System, Weaver, cluster::registry, eventually, namespace::Namespace, system::TIMEOUT};
+use loom_tests::{
+    System, Weaver, cluster::registry, eventually, fairness::ensure_fair, namespace::Namespace, system::TIMEOUT,
+};
 use serde_json::{Value, json};
 
 fn namespace(system: &System) -> Result<&Namespace> {
@@ -327,6 +329,26 @@ fn a_namespace_that_goes_takes_its_weavers_and_new_ones_wait_for_its_return() ->
     assert!(waiting["reason"].as_str().is_some_and(|reason| reason.contains(namespace.name())), "{waiting}");
     namespace.make()?;
     eventually("the weaver to run", TIMEOUT, || Ok((system.describe(&second)?["status"] == "Running").then_some(())))?;
+    system.stop()
+}
+
+#[test]
+fn a_silent_registry_of_one_organisation_delays_no_start_of_another() -> Result<()> {
+    const MANY: usize = 40;
+    // Takes connections and never says anything.
+    let silent = TcpListener::bind("127.0.0.1:0")?;
+    let address = silent.local_addr()?;
+    let registries = format!("{},{},{address}", registry::OPEN, registry::PRIVATE);
+    let system = System::start_on_kubernetes(&[("LOOM_SERVER_KUBERNETES_PLAIN_HTTP_REGISTRIES", &registries)])?;
+    let alone = system.time_of_a_start()?;
+    let ada = system.add_user("ada")?;
+    // Without a command the server has to read the image before there is a pod.
+    let weavers = system.crowd(&ada, MANY, &json!({"image": format!("{address}/loom/silent:1")}))?;
+    let beside = system.time_of_a_start()?;
+    let waiting = system.weavers_of(&ada)?.iter().filter(|weaver| weaver["status"] == "Pending").count();
+    ensure!(waiting > MANY / 4, "only {waiting} still waited for the registry at the end of the measurement");
+    ensure_fair(alone, beside)?;
+    system.delete_all(&ada, &weavers)?;
     system.stop()
 }
 

@@ -43,6 +43,8 @@ pub fn am_root() -> bool {
 pub struct Memory {
     pub resident: u64,
     pub peak: u64,
+    /// Of what is resident now, all but files and memory shared with others.
+    pub private: u64,
 }
 
 /// The memory of a process; `None` if it is gone.
@@ -53,7 +55,7 @@ pub fn memory(pid: i32) -> Option<Memory> {
         let line = status.lines().find_map(|line| line.strip_prefix(field))?;
         line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
     };
-    Some(Memory { resident: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
+    Some(Memory { resident: bytes("VmRSS:")?, peak: bytes("VmHWM:")?, private: bytes("RssAnon:")? })
 }
 
 /// The fields of a process's `stat` (proc(5)) from the third, its state, on; `None` if it is gone.

@@ -10,7 +10,8 @@ use crate::{build, cluster, tools};
 /// Measures, and prints a table for docs/benchmarks.md.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Only measurements whose names contain this; `kubernetes` for those on a cluster, which only it runs.
+    /// Only measurements whose names contain this. `kubernetes` for those on a cluster, and `server` for what one server
+    /// holds, are run only when they are asked for.
     filter: Option<String>,
 }
 

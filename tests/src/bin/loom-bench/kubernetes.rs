@@ -14,7 +14,7 @@ use loom_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::product::{Running, mebibytes, memory, new_until_prompt, print_times};
+use crate::product::{Running, mebibytes, memory, new_until_prompt, print_times, processor_seconds};
 
 /// How often each start is timed.
 const ITERATIONS: usize = 10;
@@ -247,14 +247,6 @@ fn requests(address: &str) -> Result<f64> {
     let text = metrics(address)?;
     let line = text.lines().find_map(|line| line.strip_prefix("loom_kubernetes_requests_total "));
     Ok(line.context("no count of requests")?.trim().parse()?)
-}
-
-/// User and system time of a process (proc(5), fields 14 and 15 of `stat`), in seconds.
-fn processor_seconds(pid: i32) -> Result<f64> {
-    let fields = processes::stat(pid).context("the process has gone")?;
-    let ticks = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
-    // Always a hundred to the second, for user space.
-    Ok(ticks / 100.0)
 }
 
 /// The processor time of all agents of one role on this machine.

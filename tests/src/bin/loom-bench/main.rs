@@ -4,6 +4,7 @@
 mod kubernetes;
 mod peers;
 mod product;
+mod server;
 mod traffic;
 
 use std::net::TcpStream;
@@ -32,6 +33,10 @@ fn measure(filter: &str) -> Result<()> {
     // Those want a cluster, which `cargo xtask bench kubernetes` starts.
     if filter.starts_with("kubernetes") {
         return kubernetes::measure(filter);
+    }
+    // It takes eight minutes and starts thousands of processes, so it is not part of a run of everything.
+    if filter == "server" {
+        return server::measure();
     }
     let wanted = |name: &str| name.contains(filter);
     if wanted("peers") {

@@ -149,6 +149,14 @@ pub(crate) fn memory(pid: i32) -> Result<Memory> {
     processes::memory(pid).context("the process has gone")
 }
 
+/// User and system time of a process (proc(5), fields 14 and 15 of `stat`), in seconds.
+pub(crate) fn processor_seconds(pid: i32) -> Result<f64> {
+    let fields = processes::stat(pid).context("the process has gone")?;
+    let ticks = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    // Always a hundred to the second, for user space.
+    Ok(ticks / 100.0)
+}
+
 pub(crate) fn mebibytes(bytes: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let mebibytes = bytes as f64 / f64::from(1 << 20);

@@ -32,7 +32,7 @@ use crate::{
     secrets::{hash, random},
     sign_in,
     state::AppState,
-    store::{Approval, DeviceLoginError, DevicePoll, LoginClient, PendingLogin, Token, TokenOwner},
+    store::{Approval, Decision, DeviceLoginError, DevicePoll, LoginClient, PendingLogin, Token, TokenOwner},
 };
 
 /// How long a login may wait for its approval.
@@ -109,19 +109,16 @@ pub async fn start(
     responses((status = 200, body = NewToken), (status = 400, body = loom_api::ErrorBody)))]
 pub async fn poll(State(app): State<AppState>, Body(request): Body<PollDeviceLogin>) -> Answer<axum::Json<NewToken>> {
     let problem = |code, message| Err(Problem::new(code, message));
-    match app.store.poll_device_login(request.device_code.expose(), INTERVAL).await? {
+    let name = "loom login".to_owned();
+    let end = Timestamp::now() + app.config.login_life;
+    match app.store.poll_device_login(request.device_code.expose(), INTERVAL, &name, end).await? {
         DevicePoll::Pending => problem(ErrorCode::AuthorizationPending, "the login is not approved yet"),
         DevicePoll::TooSoon => problem(ErrorCode::SlowDown, "polling too often"),
         DevicePoll::Expired => {
             Err(Problem::new(ErrorCode::ExpiredToken, "the code has expired").hint("begin again: loom login"))
         }
         DevicePoll::Denied => problem(ErrorCode::AccessDenied, "the login was denied"),
-        DevicePoll::Approved(user) => {
-            let name = "loom login".to_owned();
-            let expires_at = Some(Timestamp::now() + app.config.login_life);
-            let token = app.store.add_user_token(user, &name, TokenKind::Login, expires_at).await?;
-            Ok(axum::Json(NewToken { token, name, expires_at }))
-        }
+        DevicePoll::Approved(token) => Ok(axum::Json(NewToken { token, name, expires_at: Some(end) })),
     }
 }
 
@@ -201,7 +198,7 @@ async fn ask(app: &AppState, code: &str, token: &Secret) -> Answer<(bool, Respon
     Ok((true, respond(StatusCode::OK, &page)))
 }
 
-/// The second step: does what the user said. The token is looked at again, because it may have been revoked meanwhile.
+/// The second step: does what the user said, if the token is still good.
 async fn decide(app: &AppState, ticket: &str, action: &str) -> Answer<Response> {
     let opened = URL_SAFE_NO_PAD.decode(ticket).ok().and_then(|sealed| app.secrets.open(TICKET, &sealed).ok());
     let ticket: Option<Ticket> = opened.and_then(|plain| serde_json::from_slice(&plain).ok());
@@ -222,11 +219,12 @@ async fn decide(app: &AppState, ticket: &str, action: &str) -> Answer<Response> 
     let Some(login) = app.store.pending_device_login(code).await? else {
         return again(StatusCode::NOT_FOUND, NO_LOGIN);
     };
-    if !app.store.decide_device_login(code, user.id, approval).await? {
-        return again(StatusCode::CONFLICT, "This login was decided meanwhile.");
+    match app.store.decide_device_login(code, user.id, id, approval).await? {
+        Decision::Made => {}
+        Decision::NoLogin => return again(StatusCode::CONFLICT, "This login was decided meanwhile."),
+        Decision::NoToken => return again(StatusCode::FORBIDDEN, NOT_A_TOKEN),
     }
     if kind == Some(TokenKind::SignIn) && approval == Approval::Approve {
-        app.store.remove_token(user.id, id).await?;
         sign_in::remove_spent_file(&app.store, &app.config.data_dir).await;
     }
     let (heading, text) = match approval {

@@ -3,9 +3,12 @@
 use std::net::IpAddr;
 
 use jiff::{SignedDuration, Timestamp};
-use loom_api::UserId;
+use loom_api::{Secret, UserId, login::TokenKind};
 
-use super::{Store, millis, parsed, timestamp};
+use super::{
+    Store, millis, parsed, timestamp,
+    tokens::{self, TokenError},
+};
 use crate::secrets::hash;
 
 /// Logins that may wait at a time.
@@ -57,8 +60,18 @@ pub enum DevicePoll {
     Expired,
     /// The user said no.
     Denied,
-    /// The user said yes; the login is used up.
-    Approved(UserId),
+    /// The user said yes: the token that the login was used up for.
+    Approved(Secret),
+}
+
+/// What became of a decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    Made,
+    /// There is no such login, or it was decided already.
+    NoLogin,
+    /// The token with which the user decides is not good any more.
+    NoToken,
 }
 
 /// What a user says to a device login.
@@ -128,8 +141,19 @@ impl Store {
         .transpose()
     }
 
-    /// Decides a device login; whether it could still be decided.
-    pub async fn decide_device_login(&self, user_code: &str, user: UserId, approval: Approval) -> sqlx::Result<bool> {
+    /// Decides a device login with a user's token. A token that signs in is used up by an approval, so it approves one
+    /// login, also when it is shown for several at the same time.
+    pub async fn decide_device_login(
+        &self,
+        user_code: &str,
+        user: UserId,
+        token: i64,
+        approval: Approval,
+    ) -> sqlx::Result<Decision> {
+        let mut transaction = self.begin_write().await?;
+        let Some(kind) = tokens::kind_of_good_one(&mut transaction, token, user).await? else {
+            return Ok(Decision::NoToken);
+        };
         let done = sqlx::query(
             "UPDATE device_logins SET denied = ?, user_id = ? \
              WHERE user_hash = ? AND expires_at > ? AND denied = 0 AND user_id IS NULL",
@@ -138,13 +162,27 @@ impl Store {
         .bind((approval == Approval::Approve).then(|| user.to_string()))
         .bind(hash(user_code))
         .bind(millis(Timestamp::now()))
-        .execute(self.writer())
+        .execute(&mut *transaction)
         .await?;
-        Ok(done.rows_affected() > 0)
+        if done.rows_affected() == 0 {
+            return Ok(Decision::NoLogin);
+        }
+        if kind == TokenKind::SignIn && approval == Approval::Approve {
+            tokens::delete(&mut transaction, token, Some(user)).await?;
+        }
+        transaction.commit().await?;
+        Ok(Decision::Made)
     }
 
-    /// Looks at a device login on behalf of its device (RFC 8628 §3.5). An approved one is used up by this.
-    pub async fn poll_device_login(&self, device_code: &str, interval: SignedDuration) -> sqlx::Result<DevicePoll> {
+    /// Looks at a device login on behalf of its device (RFC 8628 §3.5). An approved one is used up by this, and becomes a
+    /// token with a name and an end.
+    pub async fn poll_device_login(
+        &self,
+        device_code: &str,
+        interval: SignedDuration,
+        token_name: &str,
+        token_end: Timestamp,
+    ) -> Result<DevicePoll, TokenError> {
         let now = Timestamp::now();
         let code = hash(device_code);
         // Strangers who guess must not keep the one connection that writes from others.
@@ -167,7 +205,9 @@ impl Store {
         } else if expires_at <= millis(now) {
             (DevicePoll::Expired, true)
         } else if let Some(user) = user {
-            (DevicePoll::Approved(parsed(&user)?), true)
+            let (user, kind) = (parsed(&user)?, TokenKind::Login);
+            let token = tokens::insert(&mut transaction, user, token_name, kind, Some(token_end)).await?;
+            (DevicePoll::Approved(token), true)
         } else if polled_at
             .is_some_and(|polled| millis(now) - polled < i64::try_from(interval.as_millis()).unwrap_or(0))
         {
@@ -201,22 +241,57 @@ mod tests {
         LoginClient { name: "ada@laptop".to_owned(), address, network: address }
     }
 
+    async fn poll(store: &Store, device_code: &str) -> DevicePoll {
+        let (interval, end) = (SignedDuration::from_secs(5), Timestamp::now() + SignedDuration::from_hours(1));
+        store.poll_device_login(device_code, interval, "loom login", end).await.expect("polled")
+    }
+
+    async fn token(store: &Store, user: UserId, kind: TokenKind) -> i64 {
+        let token = store.add_user_token(user, "token", kind, None).await.expect("made");
+        store.token(token.expose()).await.expect("read").expect("found").id
+    }
+
+    #[tokio::test]
+    async fn a_token_that_signs_in_approves_one_login_and_a_revoked_one_none() {
+        let (_directory, store) = temporary().await;
+        let user = store.add_user("ada").await.expect("added");
+        let soon = Timestamp::now() + SignedDuration::from_secs(60);
+        let codes = ["A", "B", "C", "D"];
+        for code in codes {
+            store.add_device_login(code, code, &client("192.0.2.7"), soon).await.expect("recorded");
+        }
+        let sign_in = token(&store, user, TokenKind::SignIn).await;
+        // All of them have seen that the token is good.
+        let decide = |code| store.decide_device_login(code, user, sign_in, Approval::Approve);
+        let decisions = futures_util::future::join_all(codes.map(decide)).await;
+        let made = decisions.iter().filter(|decision| matches!(decision, Ok(Decision::Made))).count();
+        assert_eq!(made, 1, "{decisions:?}");
+
+        let revoked = token(&store, user, TokenKind::Login).await;
+        store.remove_token(user, revoked).await.expect("removed");
+        let waiting = codes.into_iter().zip(&decisions).find(|(_, decision)| !matches!(decision, Ok(Decision::Made)));
+        let decision = store.decide_device_login(waiting.expect("three").0, user, revoked, Approval::Approve).await;
+        assert_eq!(decision.expect("answered"), Decision::NoToken);
+    }
+
     #[tokio::test]
     async fn a_device_login_is_approved_once_and_used_once() {
         let (_directory, store) = temporary().await;
         let user = store.add_user("ada").await.expect("added");
-        let (interval, soon) = (SignedDuration::from_secs(5), Timestamp::now() + SignedDuration::from_secs(60));
+        let (soon, login) =
+            (Timestamp::now() + SignedDuration::from_secs(60), token(&store, user, TokenKind::Login).await);
         store.add_device_login("device", "USER", &client("192.0.2.7"), soon).await.expect("recorded");
-        assert!(matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::Pending)));
-        assert!(matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::TooSoon)));
+        assert!(matches!(poll(&store, "device").await, DevicePoll::Pending));
+        assert!(matches!(poll(&store, "device").await, DevicePoll::TooSoon));
         let pending = store.pending_device_login("USER").await.expect("found").expect("pending");
         assert_eq!((pending.client_name.as_str(), pending.client_address.as_str()), ("ada@laptop", "192.0.2.7"));
-        assert!(store.decide_device_login("USER", user, Approval::Approve).await.expect("decided"));
-        assert!(!store.decide_device_login("USER", user, Approval::Deny).await.expect("too late"));
-        assert!(
-            matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::Approved(id)) if id == user)
-        );
-        assert!(matches!(store.poll_device_login("device", interval).await, Ok(DevicePoll::Expired)));
+        let decide = |approval| store.decide_device_login("USER", user, login, approval);
+        assert_eq!(decide(Approval::Approve).await.expect("answered"), Decision::Made);
+        assert_eq!(decide(Approval::Deny).await.expect("answered"), Decision::NoLogin, "too late");
+        let DevicePoll::Approved(made) = poll(&store, "device").await else { panic!("approved") };
+        let made = store.token(made.expose()).await.expect("read").expect("found");
+        assert!(made.kind == Some(TokenKind::Login) && made.expires_at.is_some());
+        assert!(matches!(poll(&store, "device").await, DevicePoll::Expired));
     }
 
     #[tokio::test]

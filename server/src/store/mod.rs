@@ -27,7 +27,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous},
 };
 
-pub use device_logins::{Approval, DeviceLoginError, DevicePoll, LoginClient, PendingLogin};
+pub use device_logins::{Approval, Decision, DeviceLoginError, DevicePoll, LoginClient, PendingLogin};
 pub use tokens::{Token, TokenError, TokenOwner};
 pub use tunnels::{GRANT_PAGE, KeyError, KeyOwner, LiveGrant};
 pub use weavers::{Added, Deadline, Idempotency, Limit, Limits, MAX_FITTING, Page, Transition};
@@ -255,7 +255,7 @@ pub(crate) mod tests {
                 let who = LoginClient { name: "laptop".to_owned(), address, network: address };
                 store.add_device_login(&device, &format!("USER-{client}"), &who, until).await?;
                 for _ in 0..ROUNDS {
-                    store.poll_device_login(&device, SignedDuration::ZERO).await?;
+                    store.poll_device_login(&device, SignedDuration::ZERO, "login", until).await?;
                     let token = store.add_user_token(user, "ci", TokenKind::Api, None).await?;
                     let found = store.token(token.expose()).await?.expect("a token can be used once it is made");
                     assert!(store.remove_token(user, found.id).await?, "removed once");

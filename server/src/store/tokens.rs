@@ -332,7 +332,11 @@ pub(super) async fn insert(
     if done.rows_affected() == 0 { Err(TokenError::Gone) } else { Ok(token) }
 }
 
-async fn delete(transaction: &mut Transaction<'_, Sqlite>, id: i64, user: Option<UserId>) -> sqlx::Result<bool> {
+pub(super) async fn delete(
+    transaction: &mut Transaction<'_, Sqlite>,
+    id: i64,
+    user: Option<UserId>,
+) -> sqlx::Result<bool> {
     let done = sqlx::query("DELETE FROM tokens WHERE id = ? AND weaver_id IS NULL AND (? IS NULL OR user_id = ?)")
         .bind(id)
         .bind(user.map(|user| user.to_string()))
@@ -344,6 +348,24 @@ async fn delete(transaction: &mut Transaction<'_, Sqlite>, id: i64, user: Option
         advance_revision(transaction).await?;
     }
     Ok(there_was_one)
+}
+
+/// The kind of a user's token, if it is good now.
+pub(super) async fn kind_of_good_one(
+    transaction: &mut Transaction<'_, Sqlite>,
+    id: i64,
+    user: UserId,
+) -> sqlx::Result<Option<TokenKind>> {
+    let found: Option<String> = sqlx::query_scalar(
+        "SELECT t.kind FROM tokens t JOIN users u ON u.id = t.user_id WHERE t.id = ? AND t.user_id = ? \
+         AND u.suspended_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > ?)",
+    )
+    .bind(id)
+    .bind(user.to_string())
+    .bind(millis(Timestamp::now()))
+    .fetch_optional(&mut **transaction)
+    .await?;
+    Ok(found.as_deref().map(kind))
 }
 
 const fn kind_text(kind: TokenKind) -> &'static str {

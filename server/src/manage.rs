@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use clap::Subcommand;
 use jiff::Timestamp;
-use loom_api::login::TokenKind;
+use loom_api::{Secret, login::TokenKind};
 
 use crate::{api::is_dns_label, config::Settings, sign_in, store::Store};
 
@@ -118,8 +118,11 @@ async fn user(store: &Store, command: User) -> Result<()> {
     match command {
         User::Add { name } => {
             label("user", &name)?;
-            let user = store.add_user(&name).await?;
-            println!("{}", store.add_user_token(user, sign_in::NAME, TokenKind::SignIn, None).await?.expose());
+            let print = |token: &Secret| {
+                println!("{}", token.expose());
+                Ok(())
+            };
+            store.add_user_with_token(&name, sign_in::NAME, print).await?;
         }
         User::List => {
             let mut rows = vec![["NAME", "ADDED", "STATE"].map(str::to_owned)];

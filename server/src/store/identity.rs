@@ -33,8 +33,8 @@ pub struct OrgRecord {
 }
 
 impl Store {
-    /// Makes a user with a personal organisation. A name is given once: a removed user's is not free again, so that
-    /// nobody is taken for who had it before.
+    /// Makes a user with a personal organisation.
+    #[cfg(test)]
     pub async fn add_user(&self, name: &str) -> Result<UserId> {
         let mut transaction = self.begin_write().await?;
         let user = insert_user(&mut transaction, name).await?;
@@ -42,7 +42,8 @@ impl Store {
         Ok(user)
     }
 
-    /// Makes a user with a sign-in token. Neither is made unless `keep`, which gets the token, succeeds.
+    /// Makes a user with a personal organisation and a sign-in token. A name is given once: a removed user's is not free
+    /// again, so that nobody is taken for who had it before. Nothing is made unless `keep`, which gets the token, succeeds.
     pub async fn add_user_with_token(
         &self,
         name: &str,

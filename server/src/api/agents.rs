@@ -24,6 +24,7 @@ use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::{Body, auth::AgentCaller, tunnels::MAX_CANDIDATES};
 use crate::{
+    allowance::Waiting,
     problem::{Answer, Problem},
     state::AppState,
     store::GRANT_PAGE,
@@ -89,24 +90,35 @@ pub async fn control(
     let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended());
     let agent =
         row.and_then(|row| row.agent).ok_or_else(|| Problem::new(ErrorCode::WeaverGone, "the weaver has ended"))?;
+    let waiting =
+        app.agents.allowances.wait(weaver).ok_or_else(|| {
+            Problem::new(ErrorCode::TooManyRequests, "another control link of this weaver waits already")
+        })?;
     let upgrade =
         upgrade.max_message_size(MAX_AGENT_MESSAGE).max_frame_size(MAX_AGENT_MESSAGE).read_buffer_size(READ_BUFFER);
     Ok(upgrade.on_upgrade(async move |socket| {
-        if let Err(error) = run_link(&app, weaver, agent, socket).await {
+        if let Err(error) = run_link(&app, weaver, agent, waiting, socket).await {
             tracing::info!(%weaver, "control link: {error:#}");
         }
     }))
 }
 
-async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: WebSocket) -> anyhow::Result<()> {
+async fn run_link(
+    app: &AppState,
+    weaver: WeaverId,
+    agent: Agent,
+    waiting: Waiting,
+    mut socket: WebSocket,
+) -> anyhow::Result<()> {
     while let Err(pause) = app.agents.allowances.begin(weaver, LINK_COST) {
         sleep(pause).await;
     }
+    drop(waiting);
     let (serial, mut inbox) = app.agents.connect(weaver, agent.version);
     app.events.write(weaver, Event::new(EventKind::AgentConnected, "the agent has connected")).await;
     let result = async {
         // Read again, now that what changes is told on this link.
-        let row = app.store.weaver(weaver).await?.context("the weaver's row")?;
+        let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended()).context("the weaver has ended")?;
         welcome(app, &row, &agent.wireguard_key, &mut socket).await?;
         send(&mut socket, &ServerMessage::Deadline { expires_at: row.expires_at }).await?;
         let (mut ping, mut heard) = (interval(PING), Instant::now());
@@ -130,7 +142,7 @@ async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: We
                 () = sleep(pause), if !pause.is_zero() => heard = Instant::now(),
                 _ = ping.tick() => {
                     anyhow::ensure!(heard.elapsed() < SILENCE, "nothing was heard for {SILENCE:?}");
-                    socket.send(Message::Ping(bytes::Bytes::new())).await?;
+                    timeout(SILENCE, socket.send(Message::Ping(bytes::Bytes::new()))).await??;
                 }
             }
         }

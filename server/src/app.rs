@@ -16,9 +16,10 @@ use crate::{
     agents::Hub,
     api,
     config::{Backend, Config},
+    device_limits::DeviceLimits,
     events::Events,
     listener::Listener,
-    metrics::{self, Metrics},
+    metrics::Metrics,
     provision::{Provisioner, kubernetes::Kubernetes, local::Local},
     reconcile::{Parts, Reconciler, deadlines::Deadlines},
     relay::Relay,
@@ -133,13 +134,13 @@ impl App {
             sessions,
             admission,
             deadlines,
-            device_limits: api::device::DeviceLimits::default(),
+            device_limits: DeviceLimits::default(),
             changes,
             stopping: CancellationToken::new(),
         });
         if let Some(listener) = metrics_listener {
             // Probes are answered until the end.
-            tasks.spawn(listener.serve(metrics::router(state.clone()), CancellationToken::new()));
+            tasks.spawn(listener.serve(api::metrics::router(state.clone()), CancellationToken::new()));
         }
         let temporary = listen_file.with_extension("new");
         fs::write(&temporary, address.to_string())?;

@@ -6,7 +6,7 @@ use clap::Subcommand;
 use jiff::Timestamp;
 use loom_api::{Secret, login::TokenKind};
 
-use crate::{api::is_dns_label, config::Settings, sign_in, store::Store};
+use crate::{config::Settings, names::is_dns_label, sign_in, store::Store};
 
 /// Manages users.
 #[derive(Debug, Subcommand)]

@@ -1,20 +1,7 @@
-//! What operators watch, in the text format that Prometheus reads, at `/metrics` of an address of its own: figures are
-//! not for everybody who can reach the API.
+//! What operators watch.
 
-use std::{
-    sync::{Arc, atomic::AtomicI64},
-    time::Duration,
-};
+use std::{fmt, sync::atomic::AtomicI64, time::Duration};
 
-use crate::{api, listener::Refusals, state::AppState};
-use anyhow::Result;
-use axum::{
-    Router,
-    extract::State,
-    http::{StatusCode, header},
-    response::{IntoResponse, Response},
-    routing::get,
-};
 use jiff::Timestamp;
 use loom_api::{WeaverId, weaver::EventKind};
 use prometheus_client::{
@@ -28,8 +15,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// The media type of the format (OpenMetrics 1.0).
-const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+use crate::listener::Refusals;
+
+/// The media type of [`Metrics::text`].
+pub const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// All figures. Cheap to change from anywhere.
 pub struct Metrics {
@@ -127,6 +116,19 @@ impl Metrics {
         self.start.get_or_create(&Stage { stage }).observe(since.as_secs_f64());
     }
 
+    /// All figures as OpenMetrics 1.0, with what others count: the live weavers by status, and the agents' links.
+    pub fn text(&self, weavers: Vec<(String, i64)>, agents: usize) -> Result<String, fmt::Error> {
+        // A status that nobody has any more is gone, not stuck at its last figure.
+        self.weavers.clear();
+        for (status, count) in weavers {
+            self.weavers.get_or_create(&Status { status }).set(count);
+        }
+        self.agents.set(i64::try_from(agents).unwrap_or(i64::MAX));
+        let mut text = String::new();
+        text::encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+
     /// Counts a client that is attached, until what is returned is dropped.
     #[must_use]
     pub fn attached(&self) -> Attached {
@@ -142,37 +144,4 @@ impl Drop for Attached {
     fn drop(&mut self) {
         self.0.dec();
     }
-}
-
-/// Figures, and the probes: at an address that strangers do not reach they are answered whatever happens at the other.
-pub fn router(app: AppState) -> Router {
-    Router::new()
-        .route("/metrics", get(show))
-        .route("/livez", get(api::live))
-        .route("/readyz", get(api::ready))
-        .with_state(app)
-}
-
-async fn show(State(app): State<AppState>) -> Response {
-    match write(&app).await {
-        Ok(text) => ([(header::CONTENT_TYPE, MEDIA_TYPE)], text).into_response(),
-        Err(error) => {
-            tracing::error!("the metrics could not be gathered: {error:#}");
-            StatusCode::INTERNAL_SERVER_ERROR.into_response()
-        }
-    }
-}
-
-async fn write(app: &AppState) -> Result<String> {
-    let metrics: &Arc<Metrics> = &app.metrics;
-    let counts = app.store.count_by_status().await?;
-    // A status that nobody has any more is gone, not stuck at its last figure.
-    metrics.weavers.clear();
-    for (status, count) in counts {
-        metrics.weavers.get_or_create(&Status { status }).set(count);
-    }
-    metrics.agents.set(i64::try_from(app.agents.count()).unwrap_or(i64::MAX));
-    let mut text = String::new();
-    text::encode(&mut text, &metrics.registry)?;
-    Ok(text)
 }

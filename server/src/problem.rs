@@ -7,7 +7,14 @@ use axum::{
 };
 use loom_api::{ApiError, ErrorBody, ErrorCode};
 
-use crate::{admission::AdmissionError, agents::AgentError, store::KeyError, streams::StreamError, weaver::Weaver};
+use crate::{
+    admission::AdmissionError,
+    agents::AgentError,
+    sessions::TooMany,
+    store::{KeyError, TokenError},
+    streams::StreamError,
+    weaver::Weaver,
+};
 
 /// Why a request was not served: an [`ApiError`] for the caller. Faults of the server's own are logged where they turn
 /// into one, and shown without their insides.
@@ -63,6 +70,12 @@ impl From<StreamError> for Problem {
     }
 }
 
+impl From<TooMany> for Problem {
+    fn from(error: TooMany) -> Self {
+        Self::new(ErrorCode::TooManyConnections, error.to_string()).hint("close one of them")
+    }
+}
+
 impl From<KeyError> for Problem {
     fn from(error: KeyError) -> Self {
         match error {
@@ -79,6 +92,19 @@ impl From<KeyError> for Problem {
                     .hint("loom events ID -f shows how far it is")
             }
             KeyError::Database(error) => error.into(),
+        }
+    }
+}
+
+impl From<TokenError> for Problem {
+    fn from(error: TokenError) -> Self {
+        let message = error.to_string();
+        match error {
+            TokenError::TooMany => {
+                Self::new(ErrorCode::TooManyTokens, message).hint("revoke one that nobody uses any more")
+            }
+            TokenError::Gone => Self::new(ErrorCode::Unauthorized, message).hint("log in: loom login"),
+            TokenError::Database(error) => error.into(),
         }
     }
 }

@@ -9,11 +9,9 @@ use std::{
     sync::Arc,
 };
 
-use loom_api::{ErrorCode, OrgId, UserId};
+use loom_api::{OrgId, UserId};
 use parking_lot::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
-
-use crate::problem::Problem;
 
 /// What keeps a connection open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,12 +57,6 @@ pub enum TooMany {
     OfUser(usize),
     #[error("your organisation has {0} connections of this kind, as many as it may")]
     OfOrg(usize),
-}
-
-impl From<TooMany> for Problem {
-    fn from(error: TooMany) -> Self {
-        Self::new(ErrorCode::TooManyConnections, error.to_string()).hint("close one of them")
-    }
 }
 
 /// The connections that are open.

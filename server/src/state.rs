@@ -7,19 +7,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admission::Admission,
-    agents::Hub,
-    api::{completion::Changes, device::DeviceLimits},
-    config::Config,
-    events::Events,
-    metrics::Metrics,
-    provision::Provisioner,
-    reconcile::Reconciler,
-    relay::Relay,
-    secrets::Secrets,
-    sessions::Sessions,
-    store::Store,
-    streams::Streams,
+    admission::Admission, agents::Hub, api::completion::Changes, config::Config, device_limits::DeviceLimits,
+    events::Events, metrics::Metrics, provision::Provisioner, reconcile::Reconciler, relay::Relay, secrets::Secrets,
+    sessions::Sessions, store::Store, streams::Streams,
 };
 
 /// What handlers share. Cheap to clone.

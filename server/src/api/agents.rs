@@ -22,7 +22,7 @@ use loom_api::{
 };
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use super::{Body, auth::AgentCaller, tunnels::MAX_CANDIDATES};
+use super::{auth::AgentCaller, body::Body, tunnels::MAX_CANDIDATES};
 use crate::{
     allowance::Waiting,
     problem::{Answer, Problem},

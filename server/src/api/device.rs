@@ -4,10 +4,7 @@
 //! the decision. Between them the page carries a ticket that only this server can read, and no cookie, so there is no
 //! session that another site could ride on. Codes are kept as hashes.
 
-use std::{
-    net::IpAddr,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
 use axum::{
     Form,
@@ -21,14 +18,12 @@ use loom_api::{
     ErrorCode, Secret,
     login::{DeviceLogin, NewToken, PollDeviceLogin, StartDeviceLogin, TokenKind},
 };
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::Body;
+use super::body::Body;
 use crate::{
     listener::ClientAddress,
     problem::{Answer, Problem},
-    rate_limit::RateLimit,
     secrets::{hash, random},
     sign_in,
     state::AppState,
@@ -43,31 +38,10 @@ const INTERVAL: SignedDuration = SignedDuration::from_secs(1);
 const TICKET_LIFETIME: SignedDuration = SignedDuration::from_mins(2);
 /// What tickets are sealed for.
 const TICKET: &str = "device login approval v1";
-/// Logins that an address may begin at once, and how soon another one.
-const STARTS: (u32, Duration) = (20, Duration::from_secs(3));
-/// Wrong codes and tokens that an address may send at once, and how soon another one.
-const FAILURES: (u32, Duration) = (10, Duration::from_secs(6));
 /// Letters of user codes: no vowels, so no words; nothing that looks like a digit (RFC 8628 §6.1).
 const LETTERS: &[u8; 20] = b"BCDFGHJKLMNPQRSTVWXZ";
 /// The longest name of a client that is kept.
 const LONGEST_NAME: usize = 100;
-
-/// What each address may do about device logins.
-pub struct DeviceLimits {
-    starts: Mutex<RateLimit>,
-    failures: Mutex<RateLimit>,
-}
-
-impl Default for DeviceLimits {
-    fn default() -> Self {
-        let limit = |(burst, interval)| Mutex::new(RateLimit::new(burst, interval));
-        Self { starts: limit(STARTS), failures: limit(FAILURES) }
-    }
-}
-
-fn take(limit: &Mutex<RateLimit>, address: IpAddr) -> Result<(), Duration> {
-    limit.lock().take(Instant::now(), address)
-}
 
 /// Begins a login.
 #[utoipa::path(post, path = "/api/login/device", tag = "login", request_body = StartDeviceLogin,
@@ -78,7 +52,7 @@ pub async fn start(
     Body(request): Body<StartDeviceLogin>,
 ) -> Answer<axum::Json<DeviceLogin>> {
     let too_many = |message: &str, hint: String| Problem::new(ErrorCode::TooManyRequests, message).hint(hint);
-    take(&app.device_limits.starts, address.network()).map_err(|wait| {
+    app.device_limits.start(address.network()).map_err(|wait| {
         too_many("too many logins were begun from your address", format!("try again in {}", seconds(wait)))
     })?;
     let device_code = URL_SAFE_NO_PAD.encode(random::<32>());
@@ -166,14 +140,13 @@ pub async fn submit(
         Ok(Form(Submission { ticket: Some(ticket), action, .. })) => decide(&app, &ticket, &action).await,
         Ok(Form(Submission { user_code, token: Some(token), .. })) => {
             let code = normalise(&user_code);
-            let failures = &app.device_limits.failures;
-            if let Err(wait) = take(failures, address.network()) {
+            if let Err(wait) = app.device_limits.attempt(address.network()) {
                 let why = format!("Too many wrong codes or tokens from your address. Try again in {}.", seconds(wait));
                 return Ok(respond(StatusCode::TOO_MANY_REQUESTS, &form(&code, &why)));
             }
             let (right, response) = ask(&app, &code, &token).await?;
             if right {
-                failures.lock().give_back(address.network());
+                app.device_limits.succeeded(address.network());
             }
             Ok(response)
         }

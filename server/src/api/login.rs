@@ -12,14 +12,13 @@ use loom_api::{
 };
 
 use super::{
-    Body,
     auth::{SignInCaller, UserCaller},
+    body::Body,
 };
 use crate::{
     problem::{Answer, Problem},
     sign_in,
     state::AppState,
-    store::TokenError,
 };
 
 /// The longest name of a token.
@@ -85,19 +84,6 @@ pub async fn create_token(
         }
     };
     Ok((StatusCode::CREATED, Json(NewToken { token, name, expires_at })))
-}
-
-impl From<TokenError> for Problem {
-    fn from(error: TokenError) -> Self {
-        let message = error.to_string();
-        match error {
-            TokenError::TooMany => {
-                Self::new(ErrorCode::TooManyTokens, message).hint("revoke one that nobody uses any more")
-            }
-            TokenError::Gone => Self::new(ErrorCode::Unauthorized, message).hint("log in: loom login"),
-            TokenError::Database(error) => error.into(),
-        }
-    }
 }
 
 /// Ends one of the caller's tokens.

@@ -1,19 +1,23 @@
 //! The HTTP API: every route with its handler, and the OpenAPI document that is made from the same table.
 //!
 //! Handlers are where their subject is: [`weavers`], [`events`], [`logs`], [`attach`] and [`tunnels`] for users,
-//! [`agents`] and [`streams`] for agents, [`relay`] for both, [`login`] and [`device`] for those who are not in yet.
+//! [`agents`] and [`streams`] for agents, [`relay`] for both, [`login`] and [`device`] for those who are not in yet,
+//! [`metrics`] and [`status`] for operators.
 //! [`auth`] says who is asking, and [`completion`] lets changes run to their end.
 
 pub mod agents;
 pub mod attach;
 pub mod auth;
+mod body;
 pub mod completion;
 pub mod device;
 pub mod events;
 pub mod login;
 pub mod logs;
+pub mod metrics;
 pub mod relay;
 mod repository;
+mod status;
 pub mod streams;
 pub mod tunnels;
 pub mod weavers;
@@ -21,23 +25,19 @@ pub mod weavers;
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, FromRequest, Request, State, rejection::JsonRejection},
+    extract::DefaultBodyLimit,
     http::{Method, StatusCode, Uri},
     middleware::from_fn_with_state,
     response::{IntoResponse as _, Response},
 };
-use loom_api::{ApiError, ErrorBody, ErrorCode, PROTOCOL_VERSION, weaver::VersionInfo};
-use serde::de::DeserializeOwned;
+use loom_api::{ApiError, ErrorBody, ErrorCode};
 use utoipa::{
     Modify, OpenApi,
     openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::{
-    problem::{Answer, Problem},
-    state::AppState,
-};
+use crate::{problem::Problem, state::AppState};
 
 /// The largest request body, in bytes.
 const MAX_BODY: usize = 1 << 20;
@@ -81,9 +81,9 @@ fn routes_and_document() -> (Router<AppState>, utoipa::openapi::OpenApi) {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(agents::register))
         .layer(DefaultBodyLimit::max(MAX_REGISTER_BODY))
-        .routes(routes!(version))
-        .routes(routes!(live))
-        .routes(routes!(ready))
+        .routes(routes!(status::version))
+        .routes(routes!(status::live))
+        .routes(routes!(status::ready))
         .routes(routes!(device::start))
         .routes(routes!(device::poll))
         .routes(routes!(device::page, device::submit))
@@ -109,26 +109,6 @@ fn routes_and_document() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .split_for_parts()
 }
 
-/// A JSON object as the body; what cannot be read is an [`ErrorCode::InvalidRequest`] with the reason.
-pub struct Body<T>(pub T);
-
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
-    type Rejection = Problem;
-
-    async fn from_request(request: Request, state: &S) -> Answer<Self> {
-        // By way of an object, because a structure could be read from an array too.
-        match Json::<serde_json::Map<String, serde_json::Value>>::from_request(request, state).await {
-            Ok(Json(body)) => T::deserialize(serde_json::Value::Object(body))
-                .map(Self)
-                .map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.to_string())),
-            Err(JsonRejection::BytesRejection(error)) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => {
-                Err(Problem::new(ErrorCode::PayloadTooLarge, "the body is larger than this request may have"))
-            }
-            Err(error) => Err(Problem::new(ErrorCode::InvalidRequest, error.body_text())),
-        }
-    }
-}
-
 async fn nothing_here(uri: Uri) -> Problem {
     Problem::new(ErrorCode::NotFound, format!("there is nothing at {}", uri.path()))
         .hint("the API is described at /api/openapi.json")
@@ -138,47 +118,6 @@ async fn other_method(method: Method, uri: Uri) -> Response {
     let message = format!("{method} is not possible at {}", uri.path());
     let error = ApiError::new(ErrorCode::InvalidRequest, message).hint("the API is described at /api/openapi.json");
     (StatusCode::METHOD_NOT_ALLOWED, Json(ErrorBody { error })).into_response()
-}
-
-/// The server's version and what it runs weavers on.
-#[utoipa::path(get, path = "/api/version", tag = "server", responses((status = 200, body = VersionInfo)))]
-async fn version(State(app): State<AppState>) -> Json<VersionInfo> {
-    Json(VersionInfo {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        protocol: PROTOCOL_VERSION,
-        backend: app.provisioner.name().to_owned(),
-    })
-}
-
-/// Whether the process lives.
-#[utoipa::path(get, path = "/livez", tag = "server", responses((status = 200, body = String)))]
-pub(crate) async fn live() -> &'static str {
-    "ok"
-}
-
-/// Whether it can serve.
-#[utoipa::path(get, path = "/readyz", tag = "server", responses((status = 200, body = String), (status = 503, body = String)))]
-pub(crate) async fn ready(State(app): State<AppState>) -> (StatusCode, &'static str) {
-    if app.stopping.is_cancelled() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "stopping");
-    }
-    if app.store.is_low_on_space() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "the disk is full");
-    }
-    match app.store.ping().await {
-        Ok(()) => (StatusCode::OK, "ok"),
-        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer"),
-    }
-}
-
-/// Whether a name can be a host name's part (RFC 1123 §2.1): 1 to 63 small letters, digits and dashes, no dash at an
-/// end.
-#[must_use]
-pub fn is_dns_label(name: &str) -> bool {
-    (1..=63).contains(&name.len())
-        && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
-        && !name.starts_with('-')
-        && !name.ends_with('-')
 }
 
 #[cfg(test)]
@@ -207,16 +146,6 @@ pub(crate) mod tests {
             for operation in operations.into_iter().flatten() {
                 assert_eq!(operation.security.is_none(), OPEN.contains(&path.as_str()), "{path}");
             }
-        }
-    }
-
-    #[test]
-    fn names_are_dns_labels() {
-        for good in ["a", "work-1", "0"] {
-            assert!(is_dns_label(good), "{good}");
-        }
-        for bad in ["", "-a", "a-", "A", "a_b", "a.b", "ä", &"x".repeat(64)] {
-            assert!(!is_dns_label(bad), "{bad}");
         }
     }
 }

@@ -13,8 +13,8 @@ use loom_api::{
 };
 
 use super::{
-    Body,
     auth::UserCaller,
+    body::Body,
     weavers::{find, find_live},
 };
 use crate::{

@@ -15,9 +15,10 @@ use loom_api::{
 };
 use serde::Deserialize;
 
-use super::{Body, auth::UserCaller, is_dns_label, repository};
+use super::{auth::UserCaller, body::Body, repository};
 use crate::{
     fault,
+    names::is_dns_label,
     problem::{Answer, Problem},
     secrets::hash,
     state::AppState,

@@ -32,15 +32,15 @@ use rustix::{
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{LocalSpec, rootfs};
+use super::{
+    LocalSpec,
+    rootfs::{self, INNER_ID},
+};
 
 /// The first word of the stage: it is in a user namespace, and its user is to be mapped.
 pub(super) const NEEDS_MAPPING: u8 = b'm';
 /// The first word of the stage: this machine allows no user namespace, so nothing is isolated.
 pub(super) const NOT_ISOLATED: u8 = b'n';
-
-/// The user and group of a weaver's processes, as they see themselves.
-pub(super) const INNER_ID: u32 = 1000;
 
 /// The namespaces besides the user's, each with what is missing without it.
 const KINDS: [(UnshareFlags, &str); 5] = [

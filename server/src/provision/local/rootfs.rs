@@ -15,7 +15,8 @@ use rustix::{
     process::{chdir, pivot_root},
 };
 
-use super::namespaces::INNER_ID;
+/// The user and group of a weaver's processes, as they see themselves.
+pub(super) const INNER_ID: u32 = 1000;
 
 /// System directories, as far as the machine has them: programs and their libraries and settings, nobody's data.
 const SYSTEM: [&str; 9] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "opt", "nix"];

@@ -24,19 +24,13 @@ impl AppState {
 
 /// What an [`AppState`] refers to.
 pub struct Shared {
-    /// The settings.
     pub config: Config,
     /// The server's address for people and agents.
     pub url: String,
-    /// The keys.
     pub secrets: Arc<Secrets>,
-    /// The database.
     pub store: Store,
-    /// What operators watch.
     pub metrics: Arc<Metrics>,
-    /// The events.
     pub events: Events,
-    /// The backend.
     pub provisioner: Arc<dyn Provisioner>,
     /// What brings rows and pods together.
     pub reconciler: Reconciler,
@@ -44,7 +38,6 @@ pub struct Shared {
     pub agents: Arc<Hub>,
     /// Streams that agents are to dial back.
     pub streams: Streams,
-    /// The relay.
     pub relay: Arc<Relay>,
     /// Connections that people have opened.
     pub sessions: Arc<Sessions>,

@@ -18,10 +18,8 @@ use crate::{
     store::{Token, TokenOwner},
 };
 
-/// The caller is a user.
 #[derive(Debug)]
 pub struct UserCaller {
-    /// Who.
     pub user: User,
     /// Its organisations, the personal one first.
     pub organisations: Vec<Organisation>,
@@ -32,11 +30,8 @@ pub struct UserCaller {
 /// What a handler may need to know of the token that a user came with.
 #[derive(Debug, Clone, Copy)]
 pub struct UserToken {
-    /// Its number.
     pub id: i64,
-    /// What it is for.
     pub kind: TokenKind,
-    /// When it ends, if it does.
     pub expires_at: Option<Timestamp>,
     /// The identity revision at which it was good.
     pub revision: i64,
@@ -46,16 +41,13 @@ pub struct UserToken {
 #[derive(Debug)]
 pub struct SignInCaller(pub UserCaller);
 
-/// The caller is the agent of a weaver.
 #[derive(Debug)]
 pub struct AgentCaller(pub WeaverId);
 
 /// The caller is either: the relay serves both.
 #[derive(Debug)]
 pub enum Caller {
-    /// A user.
     User(UserCaller),
-    /// An agent.
     Agent(AgentCaller),
 }
 

@@ -41,7 +41,7 @@ const TICKET: &str = "device login approval v1";
 /// Letters of user codes: no vowels, so no words; nothing that looks like a digit (RFC 8628 §6.1).
 const LETTERS: &[u8; 20] = b"BCDFGHJKLMNPQRSTVWXZ";
 /// The longest name of a client that is kept.
-const LONGEST_NAME: usize = 100;
+const MAX_NAME: usize = 100;
 
 /// Begins a login.
 #[utoipa::path(post, path = "/api/login/device", tag = "login", request_body = StartDeviceLogin,
@@ -57,7 +57,7 @@ pub async fn start(
     })?;
     let device_code = URL_SAFE_NO_PAD.encode(random::<32>());
     let user_code = new_user_code();
-    let name: String = request.client_name.chars().filter(|letter| !letter.is_control()).take(LONGEST_NAME).collect();
+    let name: String = request.client_name.chars().filter(|letter| !letter.is_control()).take(MAX_NAME).collect();
     let client = LoginClient { name, address: address.0, network: address.network() };
     let until = Timestamp::now() + LIFETIME;
     app.store.add_device_login(&device_code, &user_code, &client, until).await.map_err(|error| match error {

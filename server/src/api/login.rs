@@ -22,9 +22,9 @@ use crate::{
 };
 
 /// The longest name of a token.
-const LONGEST_NAME: usize = 100;
+const MAX_NAME: usize = 100;
 /// The longest life of a token with an end, in hours: ten years.
-const LONGEST_LIFE: f64 = 87_600.0;
+const MAX_LIFE: f64 = 87_600.0;
 
 /// Who the caller is.
 #[utoipa::path(get, path = "/api/me", tag = "login", responses((status = 200, body = Me)), security(("bearer" = [])))]
@@ -55,12 +55,12 @@ pub async fn create_token(
 ) -> Answer<(StatusCode, Json<NewToken>)> {
     let invalid = |message: String| Problem::new(ErrorCode::InvalidRequest, message);
     let name = request.name;
-    if name.is_empty() || name.len() > LONGEST_NAME {
-        return Err(invalid(format!("a token's name has 1 to {LONGEST_NAME} bytes")));
+    if name.is_empty() || name.len() > MAX_NAME {
+        return Err(invalid(format!("a token's name has 1 to {MAX_NAME} bytes")));
     }
     let requested = match request.ttl_hours {
         None => None,
-        Some(hours) if hours.is_finite() && hours > 0.0 && hours <= LONGEST_LIFE => {
+        Some(hours) if hours.is_finite() && hours > 0.0 && hours <= MAX_LIFE => {
             Some(Timestamp::now() + SignedDuration::from_secs_f64(hours * 3600.0))
         }
         Some(hours) => return Err(invalid(format!("a token cannot live {hours} hours"))),

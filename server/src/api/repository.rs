@@ -4,9 +4,10 @@ use std::path::Path;
 
 use loom_api::ErrorCode;
 
-use super::weavers::MAX_NAME;
 use crate::problem::{Answer, Problem};
 
+/// The longest URL, and the longest branch.
+const MAX_LENGTH: usize = 2048;
 /// The kinds of URL that agents can clone.
 const SCHEMES: [&str; 4] = ["https", "http", "git", "file"];
 
@@ -22,7 +23,7 @@ pub(super) fn check(
         return if branch.is_some() { Err(invalid("a branch needs a repo")) } else { Ok(()) };
     };
     let plain = |text: &str| {
-        !text.is_empty() && text.len() <= MAX_NAME && !text.chars().any(|c| c.is_control() || c.is_whitespace())
+        !text.is_empty() && text.len() <= MAX_LENGTH && !text.chars().any(|c| c.is_control() || c.is_whitespace())
     };
     let Some((scheme, rest)) = repo.split_once("://").filter(|(scheme, _)| plain(repo) && SCHEMES.contains(scheme))
     else {

@@ -28,13 +28,13 @@ use crate::{
 };
 
 /// The fewest characters of a UUID that may stand for it.
-const SHORTEST_PREFIX: usize = 4;
+const MIN_PREFIX: usize = 4;
 /// The most of an idempotency key, an argument list and an environment, in bytes.
-const LONGEST_KEY: usize = 200;
-const LONGEST_COMMAND: usize = 64 << 10;
-const LONGEST_ENV: usize = 128 << 10;
-/// The longest image name and repository URL.
-pub(super) const MAX_NAME: usize = 2048;
+const MAX_KEY: usize = 200;
+const MAX_COMMAND: usize = 64 << 10;
+const MAX_ENV: usize = 128 << 10;
+/// The longest name of an image.
+const MAX_IMAGE: usize = 2048;
 
 fn invalid(message: impl Into<String>) -> Problem {
     Problem::new(ErrorCode::InvalidRequest, message)
@@ -92,8 +92,8 @@ pub async fn create(
 fn idempotency_key(headers: &HeaderMap) -> Answer<Option<&str>> {
     let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
     match key.to_str() {
-        Ok(key) if (1..=LONGEST_KEY).contains(&key.len()) => Ok(Some(key)),
-        _ => Err(invalid(format!("Idempotency-Key must be 1 to {LONGEST_KEY} visible characters"))),
+        Ok(key) if (1..=MAX_KEY).contains(&key.len()) => Ok(Some(key)),
+        _ => Err(invalid(format!("Idempotency-Key must be 1 to {MAX_KEY} visible characters"))),
     }
 }
 
@@ -169,7 +169,7 @@ fn check_image(app: &AppState, image: &str) -> Answer<()> {
     };
     let path = reference.rsplit_once('/').map_or(reference, |(_, last)| last);
     let lower = path.split_once(':').map_or(path, |(name, _)| name);
-    let good = image.len() <= MAX_NAME
+    let good = image.len() <= MAX_IMAGE
         && reference.split('/').all(good_part)
         && !lower.bytes().any(|byte| byte.is_ascii_uppercase())
         && image.split_once('@').is_none_or(|(_, digest)| {
@@ -194,7 +194,7 @@ fn check_command(command: Option<&[String]>) -> Answer<()> {
     let Some(command) = command else { return Ok(()) };
     let length: usize = command.iter().map(String::len).sum();
     if command.first().is_none_or(String::is_empty)
-        || length > LONGEST_COMMAND
+        || length > MAX_COMMAND
         || command.iter().any(|word| word.contains('\0'))
     {
         return Err(invalid("the command must name a program, hold no NUL, and be at most 64 KiB"));
@@ -216,7 +216,7 @@ fn check_env(env: &std::collections::BTreeMap<String, loom_api::Secret>) -> Answ
         }
     }
     let json = serde_json::to_vec(env).map_err(anyhow::Error::from)?;
-    if json.len() > LONGEST_ENV {
+    if json.len() > MAX_ENV {
         return Err(invalid("the env is larger than 128 KiB"));
     }
     Ok(json)
@@ -317,7 +317,7 @@ pub async fn extend(
 /// Whether a reference could be the beginning of a UUID, with or without `W-`: no name may be.
 fn looks_like_an_id(text: &str) -> bool {
     let prefix = uuid_prefix(text);
-    (prefix.len() >= SHORTEST_PREFIX || prefix.len() < text.len())
+    (prefix.len() >= MIN_PREFIX || prefix.len() < text.len())
         && prefix.len() <= 36
         && prefix.bytes().enumerate().all(|(index, byte)| match index {
             8 | 13 | 18 | 23 => byte == b'-',
@@ -344,7 +344,7 @@ pub(crate) async fn find(app: &AppState, caller: &UserCaller, reference: &str) -
     if let Some(weaver) = named(app.store.weavers_named(caller.user.id, reference).await?, reference)? {
         return Ok(weaver);
     }
-    if !looks_like_an_id(reference) || uuid_prefix(reference).len() < SHORTEST_PREFIX {
+    if !looks_like_an_id(reference) || uuid_prefix(reference).len() < MIN_PREFIX {
         return Err(unknown());
     }
     let mut fitting = app.store.weavers_beginning(caller.user.id, &uuid_prefix(reference)).await?;

@@ -17,7 +17,6 @@ pub struct PodSpec {
     pub weaver: WeaverId,
     /// The image, by its digest where that is known.
     pub image: String,
-    /// What it may use.
     pub resources: ResourceSpec,
 }
 
@@ -56,7 +55,6 @@ impl PodPhase {
 pub struct PodObservation {
     /// Whose it is.
     pub weaver: WeaverId,
-    /// How far it is.
     pub phase: PodPhase,
     /// Why, in words.
     pub reason: Option<String>,
@@ -71,9 +69,7 @@ pub struct PodObservation {
 pub struct PodInfo {
     /// The phase in the backend's own words.
     pub phase: Option<String>,
-    /// The pod's address.
     pub ip: Option<String>,
-    /// The node that it runs on.
     pub node: Option<String>,
     /// The digest of the image that it runs.
     pub image_digest: Option<String>,

@@ -21,9 +21,9 @@ const WARNINGS: [SignedDuration; 3] =
 /// How long an ended weaver's events and output are kept.
 const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
 /// Before an end that failed is tried again.
-const AGAIN: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_secs(1);
 /// No deadline is waited for more finely than this.
-const FINEST: Duration = Duration::from_millis(10);
+const MIN_WAIT: Duration = Duration::from_millis(10);
 
 /// The weavers that live, as far as is known here.
 pub struct Deadlines {
@@ -56,7 +56,7 @@ impl Deadlines {
                 }
             }
             let until_sweep = self.sweep_interval.saturating_sub(swept.map_or(Duration::ZERO, |at| at.elapsed()));
-            let wait = self.act().await.min(until_sweep).max(FINEST);
+            let wait = self.act().await.min(until_sweep).max(MIN_WAIT);
             match timeout(wait, self.changed.recv()).await {
                 Ok(Some(weaver)) => self.read(weaver).await,
                 Ok(None) => return,
@@ -103,8 +103,8 @@ impl Deadlines {
             match self.reconciler.expire(weaver).await {
                 Ok(()) => self.read(weaver).await,
                 Err(error) => {
-                    tracing::error!(%weaver, "it should have ended by now, and is tried again in {AGAIN:?}: {error:#}");
-                    next = next.min(AGAIN);
+                    tracing::error!(%weaver, "it should have ended by now, and is tried again in {RETRY:?}: {error:#}");
+                    next = next.min(RETRY);
                 }
             }
         }

@@ -168,8 +168,8 @@ impl Reconciler {
             self.admission.end(weaver).await?;
         }
         let Some(row) = row.filter(|row| !row.has_ended()) else {
-            // Deleted, ended, or never ours: there must be nothing. The agent may say its last words, or it would wait for
-            // us to hear them.
+            // Deleted, ended, or never ours: there must be nothing. The agent may report until its pod is gone:
+            // without a link it would wait for one.
             let gone = self.provisioner.remove(weaver).await?;
             fault::point("pod-removed");
             if gone {

@@ -21,7 +21,6 @@ const MAX_LOGINS_OF_NETWORK: i64 = 50;
 pub struct LoginClient {
     /// What the client says of itself.
     pub name: String,
-    /// Its address.
     pub address: IpAddr,
     /// What limits per address count by.
     pub network: IpAddr,
@@ -32,16 +31,13 @@ pub struct LoginClient {
 pub struct PendingLogin {
     /// What the client says of itself.
     pub client_name: String,
-    /// The address that it asked from.
     pub client_address: String,
-    /// When it asked.
     pub created_at: Timestamp,
 }
 
 /// Why a device login was not begun.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceLoginError {
-    /// As many wait as may.
     #[error("too many logins wait for their approval")]
     TooMany,
     /// The database failed, or the user code is in use.
@@ -77,9 +73,7 @@ pub enum Decision {
 /// What a user says to a device login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Approval {
-    /// Let it in.
     Approve,
-    /// Do not.
     Deny,
 }
 

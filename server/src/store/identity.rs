@@ -13,9 +13,7 @@ use super::{
 /// A user as operators see it.
 #[derive(Debug)]
 pub struct UserRecord {
-    /// The name.
     pub name: String,
-    /// When it was added.
     pub created_at: Timestamp,
     /// Since when it has no rights, if it is suspended.
     pub suspended_at: Option<Timestamp>,
@@ -24,11 +22,9 @@ pub struct UserRecord {
 /// An organisation as operators see it.
 #[derive(Debug)]
 pub struct OrgRecord {
-    /// The name.
     pub name: String,
     /// Whether it is one user's own.
     pub personal: bool,
-    /// The members' names.
     pub members: Vec<String>,
 }
 
@@ -58,10 +54,6 @@ impl Store {
     }
 
     /// Whether there is any user yet.
-    ///
-    /// # Errors
-    ///
-    /// The database's.
     pub async fn has_users(&self) -> sqlx::Result<bool> {
         sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM users)").fetch_one(self.reader()).await
     }

@@ -38,9 +38,7 @@ pub struct Token {
     pub id: i64,
     /// What a user's token is for.
     pub kind: Option<TokenKind>,
-    /// Whose it is.
     pub owner: TokenOwner,
-    /// When it ends, if it does.
     pub expires_at: Option<Timestamp>,
     last_used_at: Option<Timestamp>,
     /// The identity revision at which it was looked up.
@@ -56,7 +54,6 @@ pub enum TokenError {
     /// The token that it was to be exchanged for, or the user, has gone meanwhile.
     #[error("the token is unknown, expired or revoked")]
     Gone,
-    /// The database failed.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }

@@ -21,7 +21,7 @@ use super::{observation, pod};
 use crate::provision::{PodInfo, PodObservation, PodPhase, ProvisionError};
 
 /// The longest pause before a watch that broke is made anew: so long the news of an outage's end may take.
-const MOST_PAUSE: Duration = Duration::from_secs(5);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// What the watches have seen.
 pub(super) struct Seen {
@@ -128,7 +128,7 @@ impl Seen {
     }
 }
 
-/// The usual pauses between two tries, jittered and growing, but never longer than [`MOST_PAUSE`].
+/// The usual pauses between two tries, jittered and growing, but never longer than [`MAX_PAUSE`].
 #[derive(Default)]
 struct Pauses(watcher::DefaultBackoff);
 
@@ -136,7 +136,7 @@ impl Iterator for Pauses {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        self.0.next().map(|pause| pause.min(MOST_PAUSE))
+        self.0.next().map(|pause| pause.min(MAX_PAUSE))
     }
 }
 

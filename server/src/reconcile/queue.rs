@@ -35,7 +35,8 @@ pub(super) struct Queue {
     /// For later.
     due: BTreeSet<(Instant, WeaverId)>,
     lanes: HashMap<Lane, Waiting>,
-    waiting: HashSet<WeaverId>,
+    /// The lane that each one waits in.
+    waiting: HashMap<WeaverId, Lane>,
     working: HashMap<WeaverId, Lane>,
     /// Those that were rung for while they were worked on.
     again: HashSet<WeaverId>,
@@ -53,13 +54,24 @@ impl Queue {
         self.due.insert((at, weaver));
     }
 
-    /// Lines a weaver up, unless it is in line; if it is being worked on, it is looked at again afterwards.
+    /// Lines a weaver up, unless it is in line; if it is being worked on, it is looked at again afterwards. One that has
+    /// ended while it waited for its start does not wait for other starts any more.
     pub(super) fn push(&mut self, now: Instant, weaver: WeaverId, lane: Lane) {
         if self.working.contains_key(&weaver) {
             self.again.insert(weaver);
-        } else if self.waiting.insert(weaver) {
-            self.lanes.entry(lane).or_default().weavers.push_back((now, weaver));
+            return;
         }
+        match self.waiting.insert(weaver, lane) {
+            Some(before) if before == lane => return,
+            Some(before) => {
+                if let Some(waiting) = self.lanes.get_mut(&before) {
+                    waiting.weavers.retain(|(_, other)| *other != weaver);
+                    self.remove_if_empty(before);
+                }
+            }
+            None => {}
+        }
+        self.lanes.entry(lane).or_default().weavers.push_back((now, weaver));
     }
 
     /// A weaver whose time has come.
@@ -90,11 +102,15 @@ impl Queue {
             && let Some(waiting) = self.lanes.get_mut(&lane)
         {
             waiting.busy -= 1;
-            if waiting.busy == 0 && waiting.weavers.is_empty() {
-                self.lanes.remove(&lane);
-            }
+            self.remove_if_empty(lane);
         }
         self.again.remove(&weaver)
+    }
+
+    fn remove_if_empty(&mut self, lane: Lane) {
+        if self.lanes.get(&lane).is_some_and(|waiting| waiting.busy == 0 && waiting.weavers.is_empty()) {
+            self.lanes.remove(&lane);
+        }
     }
 }
 
@@ -122,6 +138,22 @@ mod tests {
             queue.push(now, weaver, lane(organisation, Stage::Starting));
             assert_eq!(queue.start().map(|(next, _)| next), Some(weaver));
         }
+    }
+
+    #[test]
+    fn one_that_ends_while_it_waits_for_its_start_does_not_wait_for_other_starts() {
+        let (mut queue, now, organisation) = (Queue::default(), Instant::now(), OrgId::generate());
+        let weavers: Vec<_> = std::iter::repeat_with(WeaverId::generate).take(PLACES + 2).collect();
+        for weaver in &weavers {
+            queue.push(now, *weaver, lane(organisation, Stage::Starting));
+        }
+        assert_eq!(std::iter::from_fn(|| queue.start()).count(), PLACES);
+        let [ended, next] = [weavers[PLACES], weavers[PLACES + 1]];
+        queue.push(now, ended, lane(organisation, Stage::Ending));
+        assert_eq!(queue.start().map(|(weaver, _)| weaver), Some(ended));
+        assert!(queue.start().is_none());
+        queue.done(weavers[0]);
+        assert_eq!(queue.start().map(|(weaver, _)| weaver), Some(next), "and nothing is left of it there");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use loom_api::{KeyChallenge, KeyProof, Secret, WeaverId, WireGuardKey};
 use loom_tunnel::{PublicKey as X25519PublicKey, StaticSecret};
 use ring::{
     aead::{self, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey},
-    digest, hkdf,
+    digest, hkdf, hmac,
     rand::{SecureRandom as _, SystemRandom},
 };
 use russh::keys::{
@@ -165,6 +165,14 @@ impl Secrets {
         Ok(body)
     }
 
+    /// What tells whether two texts are the same, to those who have the secret: a text may hold passwords that others
+    /// would find by trying.
+    #[must_use]
+    pub fn fingerprint(&self, text: &str) -> String {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &*expand(&self.root, &[b"fingerprint v1"]));
+        hexadecimal(hmac::sign(&key, text.as_bytes()).as_ref())
+    }
+
     fn sealing_key(&self) -> LessSafeKey {
         let key = expand(&self.root, &[b"sealing v1"]);
         LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &*key).expect("32 bytes are the cipher's key length"))
@@ -200,14 +208,11 @@ pub fn new_token() -> Secret {
 /// How a token, or any other high-entropy secret, stands in the database.
 #[must_use]
 pub fn hash(secret: &str) -> String {
-    use std::fmt::Write as _;
-    digest::digest(&digest::SHA256, secret.as_bytes()).as_ref().iter().fold(
-        String::with_capacity(64),
-        |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        },
-    )
+    hexadecimal(digest::digest(&digest::SHA256, secret.as_bytes()).as_ref())
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -225,6 +230,8 @@ mod tests {
         assert_ne!(first.preshared_key(&agent, &device), first.preshared_key(&device, &agent));
         assert_ne!(first.preshared_key(&agent, &device), other.preshared_key(&agent, &device));
         assert_eq!(first.ssh_authority().expect("a key"), again.ssh_authority().expect("a key"));
+        assert_eq!(first.fingerprint("secret"), again.fingerprint("secret"));
+        assert_ne!(first.fingerprint("secret"), other.fingerprint("secret"), "nobody else can try passwords");
         let sealed = first.seal("row", b"secret");
         assert_eq!(*again.open("row", &sealed).expect("opens"), b"secret");
         assert!(again.open("other row", &sealed).is_err());

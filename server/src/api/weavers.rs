@@ -20,7 +20,6 @@ use crate::{
     fault,
     names::is_dns_label,
     problem::{Answer, Problem},
-    secrets::hash,
     state::AppState,
     store::{Added, Idempotency, Limit, Limits, MAX_FITTING, Page, Transition},
     streams::StreamError,
@@ -51,7 +50,8 @@ pub async fn create(
     Body(request): Body<CreateWeaver>,
 ) -> Answer<(StatusCode, Json<shown::Weaver>)> {
     let key = idempotency_key(&headers)?;
-    let body_hash = hash(&serde_json::to_string(&request).map_err(anyhow::Error::from)?);
+    // The request may hold passwords in its environment.
+    let body_hash = app.secrets.fingerprint(&serde_json::to_string(&request).map_err(anyhow::Error::from)?);
     let idempotency = key.map(|key| Idempotency { key, body_hash: &body_hash });
     let new = plan(&app, &caller, request)?;
     let created = Event::new(EventKind::Created, format!("{} made it from {}", caller.user.name, new.weaver.image));

@@ -42,7 +42,7 @@ pub enum Limit {
     User,
 }
 
-/// The key that a client sends with a request that it may repeat, and the hash of the request.
+/// The key that a client sends with a request that it may repeat, and the request's fingerprint.
 #[derive(Debug, Clone, Copy)]
 pub struct Idempotency<'a> {
     pub key: &'a str,

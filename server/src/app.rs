@@ -88,6 +88,7 @@ impl App {
         let events = Events::new(store.clone(), Arc::clone(&metrics));
         let admission = Admission::start(store.clone(), Arc::clone(&agents), Arc::clone(&relay), Arc::clone(&secrets));
         let admission = Arc::new(admission.await?);
+        let (deadlines, deadline_changed) = mpsc::channel(QUEUE);
         let reconciler = Reconciler::new(Parts {
             store: store.clone(),
             provisioner: Arc::clone(&provisioner),
@@ -96,8 +97,8 @@ impl App {
             agents: Arc::clone(&agents),
             metrics: Arc::clone(&metrics),
             bell: changes,
+            deadlines,
         });
-        let (deadlines, deadline_changed) = mpsc::channel(QUEUE);
         let mut tasks = JoinSet::new();
         tasks.spawn(store.clone().watch_space());
         tasks.spawn(reconciler.clone().run(changed));
@@ -133,7 +134,6 @@ impl App {
             relay,
             sessions,
             admission,
-            deadlines,
             device_limits: DeviceLimits::default(),
             changes,
             stopping: CancellationToken::new(),

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use loom_api::WeaverId;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -43,8 +41,6 @@ pub struct Shared {
     pub sessions: Arc<Sessions>,
     /// Who may reach which weaver.
     pub admission: Arc<Admission>,
-    /// Where weavers are named whose deadline is new.
-    pub deadlines: mpsc::Sender<WeaverId>,
     /// What each address may do about device logins.
     pub device_limits: DeviceLimits,
     /// Requests that change something, which run to their end also without their clients.

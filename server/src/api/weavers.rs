@@ -59,10 +59,7 @@ pub async fn create(
     match app.store.add_weaver(&new, idempotency, limits, &created).await? {
         Added::New(weaver) => {
             fault::point("weaver-recorded");
-            app.events.announce(weaver.id, &created);
-            app.reconciler.ring(weaver.id).await;
-            // Nobody listens only when the server stops.
-            let _ = app.deadlines.send(weaver.id).await;
+            app.reconciler.added(weaver.id, &created).await;
             Ok((StatusCode::CREATED, Json(show(&weaver, &app))))
         }
         Added::Earlier(weaver) => Ok((StatusCode::CREATED, Json(show(&weaver, &app)))),
@@ -297,11 +294,7 @@ pub async fn extend(
     let more = lifetime(request.hours)?;
     match app.admission.extend(found.id, more, &caller.user.name).await? {
         Transition::Done(weaver, event) => {
-            if let Some(event) = event {
-                app.events.announce(weaver.id, &event);
-            }
-            // Nobody listens only when the server stops.
-            let _ = app.deadlines.send(weaver.id).await;
+            app.reconciler.extended(weaver.id, event).await;
             Ok(Json(show(&weaver, &app)))
         }
         Transition::Refused(_, NotExtended::TooLong { latest }) => Err(Problem::new(

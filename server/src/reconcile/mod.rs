@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use loom_api::{WeaverId, weaver::EventKind};
 use tokio::{
     sync::mpsc,
-    task::{self, JoinSet},
+    task::{self, JoinError, JoinSet},
     time::{Instant, sleep_until},
 };
 
@@ -49,6 +49,8 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     /// Where weavers that must be looked at are named; the backend names them there, too.
     pub bell: mpsc::Sender<WeaverId>,
+    /// Where weavers are named whose deadline is new.
+    pub deadlines: mpsc::Sender<WeaverId>,
 }
 
 /// What a task of [`Reconciler::run`] does.
@@ -58,6 +60,19 @@ enum Job {
     Step(WeaverId),
     /// Finding every weaver that there is.
     Listing,
+}
+
+/// What [`Reconciler::run`] has to do.
+#[derive(Default)]
+struct Work {
+    queue: Queue,
+    failures: Failures,
+    /// A listing gives what it has found.
+    tasks: JoinSet<Result<Vec<WeaverId>>>,
+    /// What each task does: one that panics cannot say so itself.
+    jobs: HashMap<task::Id, Job>,
+    /// When everything is to be listed, if it is.
+    list_at: Option<Instant>,
 }
 
 impl std::ops::Deref for Reconciler {
@@ -81,71 +96,70 @@ impl Reconciler {
 
     /// Works until it is dropped: on every weaver that is named in `bell`, and on all at the start.
     pub async fn run(self, mut bell: mpsc::Receiver<WeaverId>) {
-        let mut queue = Queue::default();
-        let mut failures = Failures::default();
-        // A listing gives what it has found.
-        let mut tasks: JoinSet<Result<Vec<WeaverId>>> = JoinSet::new();
-        // A task that panics cannot say itself what it was doing.
-        let mut jobs: HashMap<task::Id, Job> = HashMap::new();
-        let mut list_at = Some(Instant::now());
+        let mut work = Work { list_at: Some(Instant::now()), ..Work::default() };
         loop {
-            let now = Instant::now();
-            while let Some(weaver) = queue.pop_due(now) {
-                queue.push(now, weaver, self.store.lane(weaver).await);
-            }
-            while let Some((weaver, since)) = queue.start() {
-                self.metrics.reconcile_lag.observe(since.elapsed().as_secs_f64());
-                let this = self.clone();
-                let task = tasks.spawn(async move { this.step(weaver).await.map(|()| Vec::new()) });
-                jobs.insert(task.id(), Job::Step(weaver));
-            }
-            if list_at.take_if(|at| *at <= now).is_some() {
-                let this = self.clone();
-                let task = tasks.spawn(async move { this.everything().await });
-                jobs.insert(task.id(), Job::Listing);
-            }
-            let next = [queue.next_due(), list_at].into_iter().flatten().min();
+            self.begin_due(&mut work).await;
+            let next = [work.queue.next_due(), work.list_at].into_iter().flatten().min();
             tokio::select! {
                 rang = bell.recv() => match rang {
-                    Some(weaver) => queue.push(Instant::now(), weaver, self.store.lane(weaver).await),
+                    Some(weaver) => work.queue.push(Instant::now(), weaver, self.store.lane(weaver).await),
                     None => return,
                 },
-                Some(ended) = tasks.join_next_with_id() => {
-                    let (id, result) = match ended {
-                        Ok((id, result)) => (id, result),
-                        Err(error) => {
-                            self.metrics.panics.inc();
-                            (error.id(), Err(error).context("a fault of the server's own"))
-                        }
-                    };
-                    let Some(job) = jobs.remove(&id) else { continue };
-                    let now = Instant::now();
-                    if let Job::Step(weaver) = job
-                        && queue.done(weaver)
-                    {
-                        queue.later(now, weaver);
-                    }
-                    match (job, result) {
-                        (Job::Step(weaver), Ok(_)) => failures.forget(weaver),
-                        (Job::Step(weaver), Err(error)) => {
-                            let wait = failures.next_wait(weaver);
-                            self.metrics.reconcile_failures.inc();
-                            tracing::warn!(%weaver, "tried again in {wait:?}: {error:#}");
-                            queue.later(now + wait, weaver);
-                        }
-                        (Job::Listing, Ok(all)) => {
-                            for weaver in all {
-                                queue.later(now, weaver);
-                            }
-                        }
-                        (Job::Listing, Err(error)) => {
-                            tracing::error!("what exists is listed again in {MAX_BACK_OFF:?}: {error:#}");
-                            list_at = Some(now + MAX_BACK_OFF);
-                        }
-                    }
-                }
+                Some(ended) = work.tasks.join_next_with_id() => self.task_ended(&mut work, ended),
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
+        }
+    }
+
+    /// Begins all that there is time and place for.
+    async fn begin_due(&self, work: &mut Work) {
+        let now = Instant::now();
+        while let Some(weaver) = work.queue.pop_due(now) {
+            work.queue.push(now, weaver, self.store.lane(weaver).await);
+        }
+        while let Some((weaver, since)) = work.queue.start() {
+            self.metrics.reconcile_lag.observe(since.elapsed().as_secs_f64());
+            let this = self.clone();
+            let task = work.tasks.spawn(async move { this.step(weaver).await.map(|()| Vec::new()) });
+            work.jobs.insert(task.id(), Job::Step(weaver));
+        }
+        if work.list_at.take_if(|at| *at <= now).is_some() {
+            let this = self.clone();
+            let task = work.tasks.spawn(async move { this.everything().await });
+            work.jobs.insert(task.id(), Job::Listing);
+        }
+    }
+
+    fn task_ended(&self, work: &mut Work, ended: Result<(task::Id, Result<Vec<WeaverId>>), JoinError>) {
+        let (id, result) = match ended {
+            Ok((id, result)) => (id, result),
+            Err(error) => {
+                self.metrics.panics.inc();
+                (error.id(), Err(error).context("a fault of the server's own"))
+            }
+        };
+        let now = Instant::now();
+        match (work.jobs.remove(&id), result) {
+            (Some(Job::Step(weaver)), result) => {
+                if work.queue.done(weaver) {
+                    work.queue.later(now, weaver);
+                }
+                let Err(error) = result else { return work.failures.forget(weaver) };
+                let wait = work.failures.next_wait(weaver);
+                self.metrics.reconcile_failures.inc();
+                tracing::warn!(%weaver, "tried again in {wait:?}: {error:#}");
+                work.queue.later(now + wait, weaver);
+            }
+            (Some(Job::Listing), Ok(all)) => {
+                for weaver in all {
+                    work.queue.later(now, weaver);
+                }
+            }
+            (Some(Job::Listing), Err(error)) => {
+                tracing::error!("what exists is listed again in {MAX_BACK_OFF:?}: {error:#}");
+                work.list_at = Some(now + MAX_BACK_OFF);
+            }
+            (None, _) => {}
         }
     }
 
@@ -272,6 +286,26 @@ impl Reconciler {
             self.transition(row.id, |row| row.waits(reason)).await?;
         }
         Ok(())
+    }
+
+    /// A weaver has been recorded: tells of it, and has it made.
+    pub async fn added(&self, weaver: WeaverId, event: &Event) {
+        self.events.announce(weaver, event);
+        self.ring(weaver).await;
+        self.time(weaver).await;
+    }
+
+    /// The deadline of a weaver has been moved.
+    pub async fn extended(&self, weaver: WeaverId, event: Option<Event>) {
+        if let Some(event) = event {
+            self.events.announce(weaver, &event);
+        }
+        self.time(weaver).await;
+    }
+
+    async fn time(&self, weaver: WeaverId) {
+        // Nobody listens only when the server stops; the next one reads every deadline.
+        let _ = self.deadlines.send(weaver).await;
     }
 
     /// A weaver's main program runs.

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
-use crate::{System, Weaver, keys::KeyPair, processes, system::TIMEOUT};
+use crate::{System, Weaver, api::Answer, keys::KeyPair, processes, system::TIMEOUT};
 
 /// Has taken the place of a weaver's sidecar. The real one goes on, and registers again, when it is dropped.
 pub struct Agent<'a> {
@@ -43,12 +43,8 @@ impl<'a> Agent<'a> {
     pub fn register(&mut self, version: &str) -> Result<()> {
         // A new one has been put there at each use.
         let credential = fs::read_to_string(self.system.weaver_directory(&self.weaver).join("sidecar/token"))?;
-        let body = json!({
-            "weaver_id": self.weaver.id, "credential": credential.trim(), "version": version, "protocol": 1,
-            "wireguard_key": self.keys.public(), "proof": self.keys.answer(&self.system.key_challenge()?)?,
-            "ssh_host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",
-        });
-        let answer = self.system.request(None, "POST", "/api/agent/register", Some(&body.to_string()))?;
+        let proof = self.keys.answer(&self.system.key_challenge()?)?;
+        let answer = self.system.register_agent(&self.weaver, &credential, version, &self.keys.public(), &proof)?;
         ensure!(answer.status == 200, "registering: {answer:?}");
         answer.body["token"].as_str().context("a token")?.clone_into(&mut self.token);
         Ok(())
@@ -65,6 +61,25 @@ impl<'a> Agent<'a> {
     /// Dials a stream that the server asked for.
     pub fn dial(&self, stream: &str) -> Result<WebSocket<TcpStream>> {
         self.system.web_socket(&self.token, &format!("/api/agent/streams/{stream}"), None)
+    }
+}
+
+impl System {
+    /// Registers as a weaver's agent.
+    pub fn register_agent(
+        &self,
+        weaver: &Weaver,
+        credential: &str,
+        version: &str,
+        key: &str,
+        proof: &Value,
+    ) -> Result<Answer> {
+        let body = json!({
+            "weaver_id": weaver.id, "credential": credential.trim(), "version": version, "protocol": 1,
+            "wireguard_key": key, "proof": proof,
+            "ssh_host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",
+        });
+        self.request(None, "POST", "/api/agent/register", Some(&body.to_string()))
     }
 }
 

@@ -48,12 +48,7 @@ fn a_device_is_admitted_only_for_those_who_prove_that_they_hold_its_key() -> Res
 /// Registers as a weaver's agent, with the credential that the backend gave it.
 fn register(system: &System, weaver: &Weaver, key: &str, proof: &Value) -> Result<Answer> {
     let credential = std::fs::read_to_string(system.weaver_directory(weaver).join("sidecar/token"))?;
-    let body = json!({
-        "weaver_id": weaver.id, "credential": credential.trim(), "version": "0", "protocol": 1,
-        "wireguard_key": key, "proof": proof,
-        "ssh_host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",
-    });
-    system.request(None, "POST", "/api/agent/register", Some(&body.to_string()))
+    system.register_agent(weaver, &credential, "0", key, proof)
 }
 
 #[test]

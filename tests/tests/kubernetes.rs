@@ -10,7 +10,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
-    System, Weaver, cluster::registry, eventually, fairness::ensure_fair, namespace::Namespace, system::TIMEOUT,
+    System, Weaver, cluster::registry, eventually, fairness::ensure_fair, keys::KeyPair, namespace::Namespace,
+    system::TIMEOUT,
 };
 use serde_json::{Value, json};
 
@@ -188,12 +189,9 @@ fn a_token_is_good_for_its_own_pod_only_and_not_after_it() -> Result<()> {
         fs::read_to_string(&root).context("the sidecar's token")
     };
     let register = |weaver: &Weaver, token: &str| -> Result<u16> {
-        let key = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAE=";
-        let body = json!({
-            "weaver_id": weaver.id, "credential": token, "version": "0.1.0", "protocol": 1, "wireguard_key": key,
-            "ssh_host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f",
-        });
-        Ok(system.request(None, "POST", "/api/agent/register", Some(&body.to_string()))?.status)
+        let keys = KeyPair::generate()?;
+        let proof = keys.answer(&system.key_challenge()?)?;
+        Ok(system.register_agent(weaver, token, "0.1.0", &keys.public(), &proof)?.status)
     };
     let token = token_of(&weaver)?;
     assert_eq!(register(&other, &token)?, 401, "another weaver's token");

@@ -2,7 +2,7 @@
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use loom_server::{
     App, Backend, Settings, kubernetes,
@@ -10,6 +10,7 @@ use loom_server::{
     manage,
 };
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
 
 /// The server of Loom weavers: API, key exchange, relay and provisioning.
 #[derive(Parser)]
@@ -88,7 +89,9 @@ fn blocking(job: impl Future<Output = Result<()>>) -> Result<ExitCode> {
 }
 
 async fn serve(settings: Settings) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LOOM_LOG").unwrap_or_else(|_| "info,sqlx=warn".into());
+    let filter = std::env::var("LOOM_LOG").unwrap_or_else(|_| "info,sqlx=warn".to_owned());
+    let filter = EnvFilter::try_new(&filter)
+        .with_context(|| format!("LOOM_LOG says which events are logged, not {filter:?}"))?;
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let config = settings.resolve()?;

@@ -65,7 +65,7 @@ impl From<StreamError> for Problem {
         match error {
             StreamError::Agent(error) => error.into(),
             StreamError::Refused(reason) => Self::new(ErrorCode::WeaverNotReady, reason),
-            StreamError::TooMany => Self::new(ErrorCode::Internal, error.to_string()).hint("try again"),
+            StreamError::TooMany => Self::new(ErrorCode::Unavailable, error.to_string()).hint("try again"),
         }
     }
 }

@@ -61,7 +61,7 @@ impl Store {
         raw.map(TryInto::try_into).transpose()
     }
 
-    /// A weaver's environment, encrypted.
+    /// A weaver's environment, encrypted, until the weaver ends.
     pub async fn sealed_env(&self, id: WeaverId) -> sqlx::Result<Vec<u8>> {
         sqlx::query_scalar("SELECT sealed FROM environments WHERE weaver_id = ?")
             .bind(id.to_string())
@@ -198,6 +198,13 @@ impl Store {
             Err(refusal) => return Ok(Transition::Refused(weaver, refusal)),
         };
         write(&mut transaction, &weaver).await?;
+        if weaver.has_ended() {
+            // Nobody starts it again, and its environment may hold passwords.
+            sqlx::query("DELETE FROM environments WHERE weaver_id = ?")
+                .bind(id.to_string())
+                .execute(&mut *transaction)
+                .await?;
+        }
         if let Some(event) = &event {
             insert_event(&mut transaction, id, event).await?;
         }
@@ -288,14 +295,16 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn an_ended_weaver_is_forgotten_with_its_events_only_after_its_time() {
+    async fn an_ended_weaver_loses_its_environment_at_once_and_its_events_after_their_time() {
         let (_directory, store) = temporary().await;
         let id = added(&store, user(&store).await, None).await.id;
         let now = Timestamp::now();
         store.keep_output(id, &vec![7; MAX_TAIL + 1]).await.expect("kept");
         store.keep_output(id, b"later").await.expect("nothing to do");
         assert_eq!(store.output(id).await.expect("read").len(), MAX_TAIL);
+        assert_eq!(store.sealed_env(id).await.expect("it lives"), [1, 2, 3]);
         end(&store, id, now).await;
+        assert!(matches!(store.sealed_env(id).await, Err(sqlx::Error::RowNotFound)));
         assert_eq!(store.forget_ended(now).await.expect("nothing yet"), 0);
         assert_eq!(store.forget_ended(now + SignedDuration::from_secs(1)).await.expect("forgotten"), 1);
         assert_eq!(store.weaver(id).await.expect("read"), None);

@@ -226,7 +226,6 @@ mod tests {
         let kinds: Vec<_> = store.events(id, 0).await.expect("read").into_iter().map(|event| event.kind).collect();
         use EventKind::{Backend, Created, Deleted, Exited, Ready};
         assert_eq!(kinds, [Created, Backend, Ready, Exited, Deleted]);
-        assert_eq!(store.sealed_env(id).await.expect("read"), [1, 2, 3]);
     }
 
     #[tokio::test]

@@ -249,6 +249,28 @@ fn the_approval_page_shows_who_asks_and_then_takes_the_decision() -> Result<()> 
     Ok(())
 }
 
+#[test]
+fn a_login_is_approved_only_with_what_lives_as_long() -> Result<()> {
+    let system = System::start()?;
+    let ada = system.add_user("ada")?;
+    let create = |body| -> Result<String> {
+        let made = system.request(Some(&ada), "POST", "/api/tokens", Some(body))?;
+        made.body["token"].as_str().map(str::to_owned).context("a token")
+    };
+    let (with_end, without) = (create(r#"{"name":"ci","ttl_hours":1}"#)?, create(r#"{"name":"ci"}"#)?);
+    let begun = system.request(None, "POST", "/api/login/device", Some(r#"{"client_name":"eve"}"#))?;
+    let code = begun.body["user_code"].as_str().context("a code")?;
+    let ask = |token: &str| system.login_page(&[&format!("user_code={code}"), "token@-"], token);
+    let refused = ask(&with_end)?;
+    assert!(refused.status == 403 && refused.body.contains("ends before a login does"), "{refused:?}");
+    system.manage(&["user", "suspend", "ada"])?;
+    let suspended = ask(&without)?;
+    assert!(suspended.status == 403 && suspended.body.contains("suspended"), "{suspended:?}");
+    system.manage(&["user", "resume", "ada"])?;
+    system.approve_login(code, &without)?;
+    system.stop()
+}
+
 /// Two groups of four letters: `BCDF-GHJK`.
 fn user_code(line: &str) -> Option<String> {
     let code = line.trim();

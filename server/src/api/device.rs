@@ -16,7 +16,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{
     ErrorCode, Secret,
-    login::{DeviceLogin, NewToken, PollDeviceLogin, StartDeviceLogin, TokenKind},
+    login::{DeviceLogin, NewToken, PollDeviceLogin, StartDeviceLogin, TokenKind, User},
 };
 use serde::{Deserialize, Serialize};
 
@@ -158,8 +158,9 @@ pub async fn submit(
 async fn ask(app: &AppState, code: &str, token: &Secret) -> Answer<(bool, Response)> {
     let again = |status, why| Ok((false, respond(status, &form(code, why))));
     let token_hash = hash(token.expose().trim());
-    let Some(Token { owner: TokenOwner::User(user, _), .. }) = app.store.token_with_hash(&token_hash).await? else {
-        return again(StatusCode::FORBIDDEN, NOT_A_TOKEN);
+    let user = match approver(app.store.token_with_hash(&token_hash).await?) {
+        Ok((user, ..)) => user,
+        Err(why) => return again(StatusCode::FORBIDDEN, why),
     };
     let Some(login) = app.store.pending_device_login(code).await? else {
         return again(StatusCode::NOT_FOUND, NO_LOGIN);
@@ -185,19 +186,19 @@ async fn decide(app: &AppState, ticket: &str, action: &str) -> Answer<Response> 
     };
     let code = &ticket.user_code;
     let again = |status, why| Ok(respond(status, &form(code, why)));
-    let token = app.store.token_with_hash(&ticket.token_hash).await?;
-    let Some(Token { id, kind, owner: TokenOwner::User(user, _), .. }) = token else {
-        return again(StatusCode::FORBIDDEN, NOT_A_TOKEN);
+    let (user, token, kind) = match approver(app.store.token_with_hash(&ticket.token_hash).await?) {
+        Ok(approver) => approver,
+        Err(why) => return again(StatusCode::FORBIDDEN, why),
     };
     let Some(login) = app.store.pending_device_login(code).await? else {
         return again(StatusCode::NOT_FOUND, NO_LOGIN);
     };
-    match app.store.decide_device_login(code, user.id, id, approval).await? {
+    match app.store.decide_device_login(code, user.id, token, approval).await? {
         Decision::Made => {}
         Decision::NoLogin => return again(StatusCode::CONFLICT, "This login was decided meanwhile."),
         Decision::NoToken => return again(StatusCode::FORBIDDEN, NOT_A_TOKEN),
     }
-    if kind == Some(TokenKind::SignIn) && approval == Approval::Approve {
+    if kind == TokenKind::SignIn && approval == Approval::Approve {
         sign_in::remove_spent_file(&app.store, &app.config.data_dir).await;
     }
     let (heading, text) = match approval {
@@ -207,6 +208,20 @@ async fn decide(app: &AppState, ticket: &str, action: &str) -> Answer<Response> 
     let (client, name) = (escape(&login.client_name), escape(&user.name));
     let body = format!("<h1>{heading}</h1><p><b>{client}</b> {text} <b>{name}</b>. You can close this page.</p>");
     Ok(respond(StatusCode::OK, &body))
+}
+
+/// Who decides with a token, the token's number and what it is for; or why it decides nothing.
+fn approver(token: Option<Token>) -> Result<(User, i64, TokenKind), &'static str> {
+    match token {
+        Some(Token { owner: TokenOwner::Suspended(_), .. }) => Err(SUSPENDED),
+        Some(Token { owner: TokenOwner::User(user, _), kind, id, expires_at, .. }) => match kind {
+            Some(kind @ (TokenKind::Login | TokenKind::SignIn)) => Ok((user, id, kind)),
+            // Nobody gets more time out of a program's token than it has.
+            _ if expires_at.is_some() => Err(ENDS),
+            _ => Ok((user, id, TokenKind::Api)),
+        },
+        Some(Token { owner: TokenOwner::Agent(_), .. }) | None => Err(NOT_A_TOKEN),
+    }
 }
 
 /// A wait, in whole seconds.
@@ -269,6 +284,8 @@ fn question(login: &PendingLogin, user: &str, now: Timestamp, ticket: &str) -> S
 }
 
 const NOT_A_TOKEN: &str = "This is not a sign-in token of this server.";
+const SUSPENDED: &str = "The user of this token is suspended. Ask whoever runs the server.";
+const ENDS: &str = "This is a program's token, which ends before a login does. Use the token of a login.";
 const NO_LOGIN: &str = "No login waits with this code. It may have expired: run loom login again.";
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;background:#f4f4f1;color:#1d1d1b;display:grid;place-items:center;min-height:100vh;margin:0}\

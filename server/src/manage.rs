@@ -1,7 +1,7 @@
 //! What operators do with users, organisations and tokens, on the data directory. A server that runs on it notices what
 //! ends within a second.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Subcommand;
 use jiff::Timestamp;
 use loom_api::{Secret, login::TokenKind};
@@ -104,12 +104,16 @@ pub async fn run(settings: Settings, command: Command) -> Result<()> {
     let config = settings.resolve()?;
     let path = config.data_dir.join("loom.db");
     ensure!(path.exists(), "there is no server's database at {}; name its directory with --data-dir", path.display());
-    let store = Store::open(&path).await?;
+    let store = Store::open(&path).await.with_context(|| format!("opening {}", path.display()))?;
     let done = match command {
         Command::User(command) => user(&store, command).await,
         Command::Org(command) => org(&store, command).await,
         Command::Token(command) => token(&store, command).await,
     };
+    // The token in the file may have been revoked, or its user removed. Before the first user is made, it is not spent.
+    if store.has_users().await? {
+        sign_in::remove_spent_file(&store, &config.data_dir).await;
+    }
     store.close().await;
     done
 }
@@ -167,6 +171,9 @@ async fn org(store: &Store, command: Org) -> Result<()> {
 async fn token(store: &Store, command: Token) -> Result<()> {
     match command {
         Token::List { user } => {
+            if let Some(user) = &user {
+                store.user_named(user).await?;
+            }
             let mut rows = vec![["ID", "USER", "NAME", "KIND", "LAST USED", "ENDS"].map(str::to_owned)];
             for (owner, token) in store.all_tokens().await? {
                 if user.as_ref().is_some_and(|user| *user != owner) {

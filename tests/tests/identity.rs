@@ -27,6 +27,34 @@ fn the_first_token_signs_in_once_and_its_file_goes_with_it() -> Result<()> {
 }
 
 #[test]
+fn the_first_tokens_file_goes_with_the_user_too() -> Result<()> {
+    let system = System::start_logged_out(&[])?;
+    system.manage(&["user", "list"])?;
+    assert!(system.path("data/admin.token").exists(), "it is still of use");
+    system.manage(&["user", "remove", "admin"])?;
+    assert!(!system.path("data/admin.token").exists());
+    Ok(())
+}
+
+#[test]
+fn what_an_operator_mistakes_is_told_without_the_databases_words() -> Result<()> {
+    let system = System::start()?;
+    system.manage(&["org", "create", "engines"])?;
+    for (arguments, why) in [
+        (&["user", "add", "engines"][..], "an organisation is called engines already"),
+        (&["org", "create", "admin"], "organisation admin"),
+        (&["user", "suspend", "nobody"], "there is no user nobody"),
+        (&["token", "list", "--user", "nobody"], "there is no user nobody"),
+        (&["token", "revoke", "999"], "there is no token 999"),
+        (&["org", "remove-member", "engines", "admin"], "admin is not a member of engines"),
+    ] {
+        let error = system.manage(arguments).expect_err(why).to_string();
+        assert!(error.contains(why) && !error.contains("constraint") && !error.contains("code:"), "{error}");
+    }
+    system.stop()
+}
+
+#[test]
 fn an_organisation_has_the_members_that_operators_give_it() -> Result<()> {
     let system = System::start()?;
     let ada = system.add_user("ada")?;

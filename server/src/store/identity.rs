@@ -134,7 +134,7 @@ impl Store {
         .bind(millis(Timestamp::now()))
         .execute(self.writer())
         .await?;
-        ensure!(done.rows_affected() == 1, "an organisation is called {name} already");
+        ensure!(done.rows_affected() == 1, "there is, or was, an organisation {name}: names are not given twice");
         Ok(org)
     }
 
@@ -197,14 +197,19 @@ async fn insert_user(transaction: &mut Transaction<'_, Sqlite>, name: &str) -> R
     if added.rows_affected() == 0 {
         bail!("there is, or was, a user {name}: names are not given twice");
     }
-    sqlx::query("INSERT INTO organisations (id, name, owner_id, created_at) VALUES (?, ?, ?, ?)")
-        .bind(org.to_string())
-        .bind(name)
-        .bind(user.to_string())
-        .bind(now)
-        .execute(&mut **transaction)
-        .await
-        .with_context(|| format!("an organisation is called {name} already"))?;
+    let made = sqlx::query(
+        "INSERT INTO organisations (id, name, owner_id, created_at) VALUES (?, ?, ?, ?) ON CONFLICT (name) DO NOTHING",
+    )
+    .bind(org.to_string())
+    .bind(name)
+    .bind(user.to_string())
+    .bind(now)
+    .execute(&mut **transaction)
+    .await?;
+    ensure!(
+        made.rows_affected() == 1,
+        "an organisation is called {name} already, and a user's own has the user's name"
+    );
     sqlx::query("INSERT INTO memberships (org_id, user_id) VALUES (?, ?)")
         .bind(org.to_string())
         .bind(user.to_string())

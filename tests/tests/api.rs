@@ -119,6 +119,22 @@ fn bad_requests_are_refused_with_a_code_and_change_nothing() -> Result<()> {
         let answer = system.request(Some(&token), "POST", "/api/weavers", Some(body))?;
         assert_eq!((answer.status, answer.code()), (status, code), "{body}: {answer:?}");
     }
+    // Whatever part of a request is wrong, the answer is an error of the API.
+    for (method, path) in [
+        ("GET", "/api/weavers/%ff"),
+        ("DELETE", "/api/weavers/%ff"),
+        ("GET", "/api/weavers/%ff/events"),
+        ("GET", "/api/weavers/%ff/logs"),
+        ("DELETE", "/api/weavers/%ff/tunnel/%ff"),
+        ("DELETE", "/api/devices/%ff"),
+        ("DELETE", "/api/tokens/%ff"),
+        ("GET", "/api/weavers/work/attach"),
+        ("GET", "/api/relay?key="),
+        ("GET", "/api/weavers?limit=many"),
+    ] {
+        let answer = system.request(Some(&token), method, path, None)?;
+        assert_eq!((answer.status, answer.code()), (400, "invalid_request"), "{method} {path}: {answer:?}");
+    }
     let large = format!(r#"{{"name":"{}"}}"#, "x".repeat(100_000));
     assert_eq!(system.request(Some(&token), "POST", "/api/weavers", Some(&large))?.status, 400);
     assert_eq!(system.request(Some(&token), "GET", "/api/weavers?all=true", None)?.body, json!([]));

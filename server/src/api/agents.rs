@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::{
     extract::{
-        State, WebSocketUpgrade,
+        State,
         ws::{Message, WebSocket},
     },
     response::Response,
@@ -22,7 +22,7 @@ use loom_api::{
 };
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use super::{auth::AgentCaller, body::Body, tunnels::MAX_CANDIDATES};
+use super::{auth::AgentCaller, body::Body, extract::Upgrade, tunnels::MAX_CANDIDATES};
 use crate::{
     allowance::Waiting,
     problem::{Answer, Problem},
@@ -85,7 +85,7 @@ pub async fn register(State(app): State<AppState>, Body(request): Body<Register>
 pub async fn control(
     State(app): State<AppState>,
     AgentCaller(weaver): AgentCaller,
-    upgrade: WebSocketUpgrade,
+    Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended());
     let agent =

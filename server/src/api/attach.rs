@@ -8,7 +8,7 @@ use std::{future::poll_fn, task::Poll, time::Duration};
 
 use axum::{
     extract::{
-        Path, Query, State, WebSocketUpgrade,
+        Query, State,
         ws::{CloseFrame, Message},
     },
     response::Response,
@@ -25,6 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use super::{
     auth::UserCaller,
+    extract::{Path, Upgrade},
     weavers::{find_running, or_gone},
 };
 use crate::{
@@ -47,7 +48,7 @@ pub async fn attach(
     caller: UserCaller,
     Path(reference): Path<String>,
     query: Result<Query<AttachQuery>, axum::extract::rejection::QueryRejection>,
-    upgrade: WebSocketUpgrade,
+    Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     let Query(query) = query.map_err(|error| Problem::new(ErrorCode::InvalidRequest, error.body_text()))?;
     let row = find_running(&app, &caller, &reference).await?;

@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use axum::{
     Form,
-    extract::{Query, State, rejection::FormRejection},
+    extract::{
+        Query, State,
+        rejection::{FormRejection, QueryRejection},
+    },
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{Html, IntoResponse, Response},
 };
@@ -125,8 +128,11 @@ struct Ticket {
 
 /// The approval page.
 #[utoipa::path(get, path = "/login/device", tag = "login", responses((status = 200, content_type = "text/html", body = String)))]
-pub async fn page(Query(query): Query<PageQuery>) -> Response {
-    respond(StatusCode::OK, &form(&query.user_code, ""))
+pub async fn page(query: Result<Query<PageQuery>, QueryRejection>) -> Response {
+    match query {
+        Ok(Query(query)) => respond(StatusCode::OK, &form(&query.user_code, "")),
+        Err(_) => respond(StatusCode::BAD_REQUEST, &form("", "The address was not complete. Type the code in.")),
+    }
 }
 
 /// A step of the approval, from the page.

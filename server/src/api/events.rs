@@ -4,7 +4,7 @@ use std::{convert::Infallible, time::Duration};
 
 use axum::{
     Json,
-    extract::{Path, Query, State, rejection::QueryRejection},
+    extract::{Query, State, rejection::QueryRejection},
     http::HeaderMap,
     response::{
         IntoResponse as _, Response,
@@ -15,7 +15,7 @@ use futures_util::{Stream, StreamExt as _};
 use loom_api::{ErrorCode, WeaverId, weaver::WeaverEvent};
 use serde::Deserialize;
 
-use super::{auth::UserCaller, weavers::find};
+use super::{auth::UserCaller, extract::Path, weavers::find};
 use crate::{
     problem::{Answer, Problem},
     sessions::SessionKind,

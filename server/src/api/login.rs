@@ -1,10 +1,6 @@
 //! The caller's identity and tokens.
 
-use axum::{
-    Json,
-    extract::{Path, State},
-    http::StatusCode,
-};
+use axum::{Json, extract::State, http::StatusCode};
 use jiff::{SignedDuration, Timestamp};
 use loom_api::{
     ErrorCode,
@@ -14,6 +10,7 @@ use loom_api::{
 use super::{
     auth::{SignInCaller, UserCaller},
     body::Body,
+    extract::Path,
 };
 use crate::{
     problem::{Answer, Problem},

@@ -2,7 +2,7 @@
 
 use axum::{
     body::Body,
-    extract::{Path, Query, State, rejection::QueryRejection, ws::Message},
+    extract::{Query, State, rejection::QueryRejection, ws::Message},
     http::header,
     response::{IntoResponse as _, Response},
 };
@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::{
     auth::UserCaller,
+    extract::Path,
     weavers::{find_present, or_gone},
 };
 use crate::{

@@ -12,6 +12,7 @@ mod body;
 pub mod completion;
 pub mod device;
 pub mod events;
+mod extract;
 pub mod login;
 pub mod logs;
 pub mod metrics;

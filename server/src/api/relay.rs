@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::{
     extract::{
-        Query, State, WebSocketUpgrade,
+        Query, State,
         ws::{Message, WebSocket},
     },
     response::Response,
@@ -22,7 +22,10 @@ use loom_tunnel::relay::frame::{self, Frame, SUBPROTOCOL};
 use serde::Deserialize;
 use tokio::time::{Instant, interval};
 
-use super::auth::{AgentCaller, Caller};
+use super::{
+    auth::{AgentCaller, Caller},
+    extract::Upgrade,
+};
 use crate::{
     problem::{Answer, Problem},
     relay::Connection,
@@ -55,7 +58,7 @@ pub async fn relay(
     State(app): State<AppState>,
     caller: Caller,
     query: Result<Query<RelayQuery>, axum::extract::rejection::QueryRejection>,
-    upgrade: WebSocketUpgrade,
+    Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     let invalid =
         || Problem::new(ErrorCode::InvalidRequest, "key must be the base64 (URL-safe, no padding) of 32 bytes");

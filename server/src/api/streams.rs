@@ -1,12 +1,12 @@
 //! Where agents dial the streams that the server asked them for.
 
-use axum::{
-    extract::{Path, State, WebSocketUpgrade},
-    response::Response,
-};
+use axum::{extract::State, response::Response};
 use loom_api::{ErrorCode, attach::MAX_FRAME};
 
-use super::auth::AgentCaller;
+use super::{
+    auth::AgentCaller,
+    extract::{Path, Upgrade},
+};
 use crate::{
     problem::{Answer, Problem},
     state::AppState,
@@ -19,7 +19,7 @@ pub async fn dial_back(
     State(app): State<AppState>,
     AgentCaller(weaver): AgentCaller,
     Path(stream): Path<String>,
-    upgrade: WebSocketUpgrade,
+    Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     let unknown = || Problem::new(ErrorCode::NotFound, "nobody waits for this stream");
     let stream = stream.parse().map_err(|_| unknown())?;

@@ -1,10 +1,6 @@
 //! Key exchange: which device may reach which weaver, and what both need to know for it.
 
-use axum::{
-    Json,
-    extract::{Path, State},
-    http::StatusCode,
-};
+use axum::{Json, extract::State, http::StatusCode};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jiff::Timestamp;
 use loom_api::{
@@ -15,6 +11,7 @@ use loom_api::{
 use super::{
     auth::UserCaller,
     body::Body,
+    extract::Path,
     weavers::{find, find_live},
 };
 use crate::{

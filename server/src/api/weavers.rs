@@ -2,7 +2,7 @@
 
 use axum::{
     Json,
-    extract::{Path, Query, State, rejection::QueryRejection},
+    extract::{Query, State, rejection::QueryRejection},
     http::{HeaderMap, StatusCode},
 };
 use jiff::{SignedDuration, Timestamp};
@@ -15,7 +15,7 @@ use loom_api::{
 };
 use serde::Deserialize;
 
-use super::{auth::UserCaller, body::Body, repository};
+use super::{auth::UserCaller, body::Body, extract::Path, repository};
 use crate::{
     fault,
     names::is_dns_label,
@@ -105,7 +105,7 @@ fn plan(app: &AppState, caller: &UserCaller, request: CreateWeaver) -> Answer<Ne
     }
     if let Some(name) = request.name.as_deref().filter(|name| looks_like_an_id(name)) {
         return Err(invalid(format!("the name {name:?} could be taken for the beginning of a weaver's id"))
-            .hint("use a letter from g on, or a dash, in it"));
+            .hint(format!("begin it with a word, such as my-{name}")));
     }
     let image = request.image.unwrap_or_else(|| app.config.default_image.clone());
     check_image(app, &image)?;

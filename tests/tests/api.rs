@@ -119,6 +119,12 @@ fn bad_requests_are_refused_with_a_code_and_change_nothing() -> Result<()> {
         let answer = system.request(Some(&token), "POST", "/api/weavers", Some(body))?;
         assert_eq!((answer.status, answer.code()), (status, code), "{body}: {answer:?}");
     }
+    // Each word counts, and so does what a letter needs in JSON.
+    for word in ["", "\\u0001"] {
+        let words = format!(r#"{{"command":["true"{}]}}"#, format!(r#","{word}""#).repeat(80_000 / (word.len() + 3)));
+        let answer = system.request(Some(&token), "POST", "/api/weavers", Some(&words))?;
+        assert_eq!((answer.status, answer.code()), (400, "invalid_request"), "{answer:?}");
+    }
     // Whatever part of a request is wrong, the answer is an error of the API.
     for (method, path) in [
         ("GET", "/api/weavers/%ff"),

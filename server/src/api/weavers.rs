@@ -28,7 +28,7 @@ use crate::{
 
 /// The fewest characters of a UUID that may stand for it.
 const MIN_PREFIX: usize = 4;
-/// The most of an idempotency key, an argument list and an environment, in bytes.
+/// The most of an idempotency key, and of an argument list and an environment as JSON, in bytes.
 const MAX_KEY: usize = 200;
 const MAX_COMMAND: usize = 64 << 10;
 const MAX_ENV: usize = 128 << 10;
@@ -189,12 +189,13 @@ fn check_image(app: &AppState, image: &str) -> Answer<()> {
 
 fn check_command(command: Option<&[String]>) -> Answer<()> {
     let Some(command) = command else { return Ok(()) };
-    let length: usize = command.iter().map(String::len).sum();
+    // As it is kept and listed: many empty words are long, too.
+    let json = serde_json::to_string(command).map_err(anyhow::Error::from)?;
     if command.first().is_none_or(String::is_empty)
-        || length > MAX_COMMAND
+        || json.len() > MAX_COMMAND
         || command.iter().any(|word| word.contains('\0'))
     {
-        return Err(invalid("the command must name a program, hold no NUL, and be at most 64 KiB"));
+        return Err(invalid("the command must name a program, hold no NUL, and be at most 64 KiB as JSON"));
     }
     Ok(())
 }

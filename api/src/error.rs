@@ -43,7 +43,7 @@ pub enum ErrorCode {
     TooManyDevices,
     /// The user or the organisation has reached its limit of connections of this kind.
     TooManyConnections,
-    /// Too many requests came from the client's address.
+    /// Too many requests came from the client's address, or from a weaver's agent.
     TooManyRequests,
     /// The image does not exist, is not allowed, or this backend has no images.
     ImageUnavailable,

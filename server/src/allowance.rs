@@ -2,11 +2,7 @@
 //!
 //! An allowance belongs to the weaver and not to a link, so that an agent gains nothing by connecting again.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use loom_api::WeaverId;
 use parking_lot::Mutex;
@@ -19,58 +15,37 @@ const PER_SECOND: f64 = 2.0;
 
 /// The allowances of the weavers whose agents have connected since the server's start.
 #[derive(Default)]
-pub struct Allowances {
-    left: Mutex<HashMap<WeaverId, Allowance>>,
-    waiting: Arc<Mutex<HashSet<WeaverId>>>,
-}
-
-/// A link that waits until it may begin.
-pub struct Waiting {
-    weaver: WeaverId,
-    all: Arc<Mutex<HashSet<WeaverId>>>,
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.all.lock().remove(&self.weaver);
-    }
-}
+pub struct Allowances(Mutex<HashMap<WeaverId, Allowance>>);
 
 impl Allowances {
-    /// Lets a new link wait, unless one of the same weaver does already.
-    pub fn wait(&self, weaver: WeaverId) -> Option<Waiting> {
-        self.waiting.lock().insert(weaver).then(|| Waiting { weaver, all: Arc::clone(&self.waiting) })
-    }
-
-    /// Takes what a new link costs, or says how long it has to wait.
-    pub fn begin(&self, weaver: WeaverId, cost: u32) -> Result<(), Duration> {
+    /// Takes the cost of a request, or returns false if the agent has to come back later.
+    pub fn take(&self, weaver: WeaverId, cost: u32) -> bool {
         let now = Instant::now();
-        let mut all = self.left.lock();
+        let mut all = self.0.lock();
         let allowance = all.entry(weaver).or_insert_with(|| Allowance::new(now));
-        let pause = allowance.pause(now);
-        if !pause.is_zero() {
-            return Err(pause);
+        let allowed = allowance.pause(now).is_zero();
+        if allowed {
+            allowance.spend(cost);
         }
-        allowance.spend(cost);
-        Ok(())
+        allowed
     }
 
     /// How long nothing more is read from an agent.
     pub fn pause(&self, weaver: WeaverId) -> Duration {
         let now = Instant::now();
-        self.left.lock().get_mut(&weaver).map_or(Duration::ZERO, |allowance| allowance.pause(now))
+        self.0.lock().get_mut(&weaver).map_or(Duration::ZERO, |allowance| allowance.pause(now))
     }
 
     /// Takes what a message has cost.
     pub fn spend(&self, weaver: WeaverId, cost: u32) {
-        if let Some(allowance) = self.left.lock().get_mut(&weaver) {
+        if let Some(allowance) = self.0.lock().get_mut(&weaver) {
             allowance.spend(cost);
         }
     }
 
     /// Forgets a weaver that has ended.
     pub fn forget(&self, weaver: WeaverId) {
-        self.left.lock().remove(&weaver);
+        self.0.lock().remove(&weaver);
     }
 }
 
@@ -119,23 +94,13 @@ mod tests {
     }
 
     #[test]
-    fn one_link_of_a_weaver_waits_at_a_time() {
-        let (allowances, weaver) = (Allowances::default(), WeaverId::generate());
-        let first = allowances.wait(weaver).expect("none waits");
-        assert!(allowances.wait(weaver).is_none());
-        assert!(allowances.wait(WeaverId::generate()).is_some(), "another weaver's");
-        drop(first);
-        assert!(allowances.wait(weaver).is_some());
-    }
-
-    #[test]
     fn connecting_again_brings_no_new_allowance() {
         let (allowances, weaver) = (Allowances::default(), WeaverId::generate());
-        let links = (0..1000).take_while(|_| allowances.begin(weaver, 2).is_ok()).count();
+        let links = (0..1000).take_while(|_| allowances.take(weaver, 2)).count();
         assert_eq!(links, 50);
         assert!(!allowances.pause(weaver).is_zero());
-        assert!(allowances.begin(WeaverId::generate(), 2).is_ok(), "another weaver has its own");
+        assert!(allowances.take(WeaverId::generate(), 2), "another weaver has its own");
         allowances.forget(weaver);
-        assert!(allowances.left.lock().len() == 1, "nothing is kept of one that has ended");
+        assert!(allowances.0.lock().len() == 1, "nothing is kept of one that has ended");
     }
 }

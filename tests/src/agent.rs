@@ -41,13 +41,18 @@ impl<'a> Agent<'a> {
 
     /// Registers, and says that it is of some version.
     pub fn register(&mut self, version: &str) -> Result<()> {
-        // A new one has been put there at each use.
-        let credential = fs::read_to_string(self.system.weaver_directory(&self.weaver).join("sidecar/token"))?;
-        let proof = self.keys.answer(&self.system.key_challenge()?)?;
-        let answer = self.system.register_agent(&self.weaver, &credential, version, &self.keys.public(), &proof)?;
+        let answer = self.ask_to_register(version)?;
         ensure!(answer.status == 200, "registering: {answer:?}");
         answer.body["token"].as_str().context("a token")?.clone_into(&mut self.token);
         Ok(())
+    }
+
+    /// The same, whatever the answer is. If the server agrees, the token held so far is replaced and good for nothing.
+    pub fn ask_to_register(&self, version: &str) -> Result<Answer> {
+        // A new one has been put there at each use.
+        let credential = fs::read_to_string(self.system.weaver_directory(&self.weaver).join("sidecar/token"))?;
+        let proof = self.keys.answer(&self.system.key_challenge()?)?;
+        self.system.register_agent(&self.weaver, &credential, version, &self.keys.public(), &proof)
     }
 
     /// Opens the control link, and hears the welcome.

@@ -253,13 +253,40 @@ fn nothing_that_an_agent_says_is_read_without_measure() -> Result<()> {
         ("binary frames", Message::binary(padding.clone().into_bytes())),
         ("pings", Message::Ping(vec![b'x'; 100].into())),
     ] {
-        let mut link = agent.connect()?;
+        // Refused as long as the flood before has to be paid for.
+        let mut link = eventually("a link", TIMEOUT, || Ok(agent.connect().ok()))?;
         link.limit(Duration::from_millis(500))?;
         let size = frame.len();
         let taken = (0..ALL / size).take_while(|_| link.send(frame.clone()).is_ok()).count();
         ensure!(taken < ALL / size, "the server read {taken} {what} of {size} bytes");
     }
     drop(agent);
+    system.stop()
+}
+
+#[test]
+fn an_agent_that_registers_or_connects_too_often_is_refused_for_a_while() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&[])?;
+    let mut agent = Agent::in_place_of_the_real_one(&system, &weaver)?;
+    agent.register("0.1.0")?;
+    let (start, mut links) = (Instant::now(), 0);
+    while agent.connect().is_ok() {
+        links += 1;
+        ensure!(2 * links <= BURST + PER_SECOND * (start.elapsed().as_secs() + 1), "{links} links were taken");
+    }
+    let refused = system.request_with(Some(&agent.token), "GET", "/api/agent/control", None, &UPGRADE)?;
+    assert_eq!((refused.status, refused.code()), (429, "too_many_requests"));
+    let refused = eventually("a registration to be refused", TIMEOUT, || {
+        let answer = agent.ask_to_register("0.1.0")?;
+        Ok((answer.status != 200).then_some(answer))
+    })?;
+    assert_eq!((refused.status, refused.code()), (429, "too_many_requests"));
+    // The real one waits its turn, and comes back.
+    drop(agent);
+    eventually("the real sidecar", TIMEOUT, || {
+        Ok(system.output(&["exec", &weaver.id, "--", "true"])?.status.success().then_some(()))
+    })?;
     system.stop()
 }
 

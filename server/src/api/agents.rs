@@ -24,7 +24,6 @@ use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::{auth::AgentCaller, body::Body, extract::Upgrade, tunnels::MAX_CANDIDATES};
 use crate::{
-    allowance::Waiting,
     problem::{Answer, Problem},
     state::AppState,
     store::GRANT_PAGE,
@@ -46,8 +45,10 @@ const MAX_VERSION: usize = 100;
 const MAX_TEXT: usize = 1 << 10;
 /// The most ports that are remembered of a weaver.
 const MAX_PORTS: usize = 1_024;
-/// What a link costs of an agent's allowance: it is told of when it comes and when it goes.
+/// What a link costs of an agent's allowance: the events of its beginning and its end.
 const LINK_COST: u32 = 2;
+/// What a registration costs of it: the writes of a key and a token.
+const REGISTRATION_COST: u32 = 2;
 
 /// Registers an agent.
 #[utoipa::path(post, path = "/api/agent/register", tag = "agent", request_body = Register,
@@ -70,6 +71,7 @@ pub async fn register(State(app): State<AppState>, Body(request): Body<Register>
     if !verified.map_err(anyhow::Error::from)? {
         return Err(unproven());
     }
+    take_allowance(&app, weaver, REGISTRATION_COST)?;
     let ssh_certificate = app
         .secrets
         .sign_host_key(weaver, &request.ssh_host_key, row.latest_end())
@@ -90,30 +92,26 @@ pub async fn control(
     let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended());
     let agent =
         row.and_then(|row| row.agent).ok_or_else(|| Problem::new(ErrorCode::WeaverGone, "the weaver has ended"))?;
-    let waiting =
-        app.agents.allowances.wait(weaver).ok_or_else(|| {
-            Problem::new(ErrorCode::TooManyRequests, "another control link of this weaver waits already")
-        })?;
+    // Refused rather than kept waiting: a link that waits would hold a connection.
+    take_allowance(&app, weaver, LINK_COST)?;
     let upgrade =
         upgrade.max_message_size(MAX_AGENT_MESSAGE).max_frame_size(MAX_AGENT_MESSAGE).read_buffer_size(READ_BUFFER);
     Ok(upgrade.on_upgrade(async move |socket| {
-        if let Err(error) = run_link(&app, weaver, agent, waiting, socket).await {
+        if let Err(error) = run_link(&app, weaver, agent, socket).await {
             tracing::info!(%weaver, "control link: {error:#}");
         }
     }))
 }
 
-async fn run_link(
-    app: &AppState,
-    weaver: WeaverId,
-    agent: Agent,
-    waiting: Waiting,
-    mut socket: WebSocket,
-) -> anyhow::Result<()> {
-    while let Err(pause) = app.agents.allowances.begin(weaver, LINK_COST) {
-        sleep(pause).await;
+fn take_allowance(app: &AppState, weaver: WeaverId, cost: u32) -> Answer<()> {
+    if app.agents.allowances.take(weaver, cost) {
+        return Ok(());
     }
-    drop(waiting);
+    let message = "the weaver's agent makes too many requests";
+    Err(Problem::new(ErrorCode::TooManyRequests, message).hint("try again in a few seconds"))
+}
+
+async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: WebSocket) -> anyhow::Result<()> {
     let (serial, mut inbox) = app.agents.connect(weaver, agent.version);
     app.events.write(weaver, Event::new(EventKind::AgentConnected, "the agent has connected")).await;
     let result = async {

@@ -31,9 +31,9 @@ use crate::{
 };
 use queue::Queue;
 
-/// Before the first new try after a failure; doubles to [`MAX_BACK_OFF`].
-const BACK_OFF: Duration = Duration::from_millis(500);
-const MAX_BACK_OFF: Duration = Duration::from_secs(10);
+/// Before the first new try after a failure; doubles to [`MAX_BACKOFF`].
+const MIN_BACKOFF: Duration = Duration::from_millis(500);
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
 
 /// Makes what is what should be. Cheap to clone.
 #[derive(Clone)]
@@ -156,8 +156,8 @@ impl Reconciler {
                 }
             }
             (Some(Job::Listing), Err(error)) => {
-                tracing::error!("what exists is listed again in {MAX_BACK_OFF:?}: {error:#}");
-                work.list_at = Some(now + MAX_BACK_OFF);
+                tracing::error!("what exists is listed again in {MAX_BACKOFF:?}: {error:#}");
+                work.list_at = Some(now + MAX_BACKOFF);
             }
             (None, _) => {}
         }
@@ -375,7 +375,7 @@ struct Failures(HashMap<WeaverId, u32>);
 impl Failures {
     fn next_wait(&mut self, weaver: WeaverId) -> Duration {
         let count = self.0.entry(weaver).or_default();
-        let wait = (BACK_OFF * 2_u32.saturating_pow(*count)).min(MAX_BACK_OFF);
+        let wait = (MIN_BACKOFF * 2_u32.saturating_pow(*count)).min(MAX_BACKOFF);
         *count = (*count + 1).min(16);
         wait
     }

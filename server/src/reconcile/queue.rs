@@ -10,7 +10,7 @@ use loom_api::{OrgId, WeaverId};
 use tokio::time::Instant;
 
 /// Weavers of one lane that are worked on at the same time.
-const PLACES: usize = 8;
+const MAX_CONCURRENT: usize = 8;
 
 /// What a weaver's next step waits for, as far as one can tell before it is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,7 +87,7 @@ impl Queue {
 
     /// A weaver to work on, and since when it has waited.
     pub(super) fn start(&mut self) -> Option<(WeaverId, Instant)> {
-        let free = self.lanes.iter_mut().find(|(_, lane)| lane.busy < PLACES && !lane.weavers.is_empty());
+        let free = self.lanes.iter_mut().find(|(_, lane)| lane.busy < MAX_CONCURRENT && !lane.weavers.is_empty());
         let (lane, waiting) = free?;
         let (since, weaver) = waiting.weavers.pop_front()?;
         waiting.busy += 1;
@@ -132,7 +132,7 @@ mod tests {
             queue.push(now, WeaverId::generate(), lane(stubborn, Stage::Ending));
         }
         let busy = std::iter::from_fn(|| queue.start()).count();
-        assert_eq!(busy, PLACES);
+        assert_eq!(busy, MAX_CONCURRENT);
         for organisation in [stubborn, other] {
             let weaver = WeaverId::generate();
             queue.push(now, weaver, lane(organisation, Stage::Starting));
@@ -143,12 +143,12 @@ mod tests {
     #[test]
     fn one_that_ends_while_it_waits_for_its_start_does_not_wait_for_other_starts() {
         let (mut queue, now, organisation) = (Queue::default(), Instant::now(), OrgId::generate());
-        let weavers: Vec<_> = std::iter::repeat_with(WeaverId::generate).take(PLACES + 2).collect();
+        let weavers: Vec<_> = std::iter::repeat_with(WeaverId::generate).take(MAX_CONCURRENT + 2).collect();
         for weaver in &weavers {
             queue.push(now, *weaver, lane(organisation, Stage::Starting));
         }
-        assert_eq!(std::iter::from_fn(|| queue.start()).count(), PLACES);
-        let [ended, next] = [weavers[PLACES], weavers[PLACES + 1]];
+        assert_eq!(std::iter::from_fn(|| queue.start()).count(), MAX_CONCURRENT);
+        let [ended, next] = [weavers[MAX_CONCURRENT], weavers[MAX_CONCURRENT + 1]];
         queue.push(now, ended, lane(organisation, Stage::Ending));
         assert_eq!(queue.start().map(|(weaver, _)| weaver), Some(ended));
         assert!(queue.start().is_none());

@@ -26,7 +26,7 @@ const ALL_TRIES: Duration = Duration::from_secs(20);
 /// Before the second and the third try.
 const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
 /// Images that are remembered by their digests.
-const REMEMBERED: usize = 1024;
+const MAX_CACHED: usize = 1024;
 
 /// Reads images, with the pull secrets that their pods use.
 pub(super) struct Images {
@@ -99,7 +99,7 @@ impl Images {
         }
         let command = reading.command(&digest).await?;
         let mut commands = self.commands.lock();
-        if commands.len() >= REMEMBERED {
+        if commands.len() >= MAX_CACHED {
             commands.clear();
         }
         commands.insert(digest, command.clone());

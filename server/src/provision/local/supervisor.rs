@@ -29,10 +29,10 @@ use super::{LocalSpec, LocalStatus, directory::write_atomically, namespaces, tru
 const HOST_GRACE: Duration = Duration::from_secs(5);
 /// How long the sidecar may take for its last words.
 const SIDECAR_GRACE: Duration = Duration::from_secs(5);
-/// Before a sidecar that died is started again; doubles to [`MOST_BACK_OFF`], and begins anew after a minute of life.
-const BACK_OFF: Duration = Duration::from_millis(50);
-/// See [`BACK_OFF`].
-const MOST_BACK_OFF: Duration = Duration::from_secs(10);
+/// Before a sidecar that died is started again; doubles to [`MAX_BACKOFF`], and begins anew after a minute of life.
+const MIN_BACKOFF: Duration = Duration::from_millis(50);
+/// See [`MIN_BACKOFF`].
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
 
 /// Becomes the supervisor of `directory`. Returns in the first process when the supervisor stands, and in the
 /// supervisor when all is over.
@@ -78,7 +78,7 @@ async fn run_pod(spec: &LocalSpec) -> Result<i32> {
     let (mut host, host_pid) = start_host(spec).await?;
     write_status(&LocalStatus::Running)?;
     let mut sidecar = Some(start_sidecar(spec, host_pid)?);
-    let mut back_off = BACK_OFF;
+    let mut back_off = MIN_BACKOFF;
     let mut started = tokio::time::Instant::now();
     let code = loop {
         tokio::select! {
@@ -90,7 +90,7 @@ async fn run_pod(spec: &LocalSpec) -> Result<i32> {
             }
             () = sleep(back_off), if sidecar.is_none() => {
                 let lived_long = started.elapsed() > Duration::from_secs(60);
-                back_off = if lived_long { BACK_OFF } else { (back_off * 2).min(MOST_BACK_OFF) };
+                back_off = if lived_long { MIN_BACKOFF } else { (back_off * 2).min(MAX_BACKOFF) };
                 started = tokio::time::Instant::now();
                 sidecar = Some(start_sidecar(spec, host_pid)?);
             }

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// After so long without use a device is forgotten: daemons make a new key at each start.
-const UNUSED: SignedDuration = SignedDuration::from_hours(30 * 24);
+const UNUSED_DEVICE_RETENTION: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 pub struct Admission {
     store: Store,
@@ -239,7 +239,7 @@ impl Admission {
     /// Forgets devices that nobody has used for a month.
     pub async fn forget_unused(&self) -> sqlx::Result<()> {
         let _turn = self.one_at_a_time.lock().await;
-        for device in self.store.remove_unused_devices(Timestamp::now() - UNUSED).await? {
+        for device in self.store.remove_unused_devices(Timestamp::now() - UNUSED_DEVICE_RETENTION).await? {
             self.relay.remove(device);
         }
         Ok(())

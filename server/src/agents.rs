@@ -23,7 +23,7 @@ use tokio::{
 use crate::allowance::Allowances;
 
 /// Messages to one agent that wait; one who finds it full gives up on that agent.
-const OUTBOX: usize = 256;
+const OUTBOX_SIZE: usize = 256;
 /// How long an agent may take to admit a peer.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(2);
 /// What agents wait before they come back to a server that stops, plus their own jitter.
@@ -149,7 +149,7 @@ impl Hub {
 
     /// Takes note of a new link; its number, and what is to be said on it.
     pub fn connect(&self, weaver: WeaverId, version: String) -> (u64, mpsc::Receiver<ServerMessage>) {
-        let (outbox, inbox) = mpsc::channel(OUTBOX);
+        let (outbox, inbox) = mpsc::channel(OUTBOX_SIZE);
         let serial = self.next_serial();
         let link = Link {
             serial,
@@ -227,7 +227,7 @@ mod tests {
         while hub.send(weaver, ServerMessage::GoAway { reconnect_after_ms: 0 }) {}
         hub.tell(weaver, ServerMessage::Revoke { public_key: loom_api::WireGuardKey([1; 32]) });
         assert!(!hub.is_connected(weaver));
-        for _ in 0..OUTBOX {
+        for _ in 0..OUTBOX_SIZE {
             inbox.recv().await.expect("what was said before");
         }
         assert!(inbox.recv().await.is_none(), "the link ends, and the next one begins with all grants");

@@ -33,9 +33,9 @@ use crate::{
 };
 
 /// Weavers that wait to be looked at; who finds it full waits.
-const QUEUE: usize = 1024;
+const QUEUE_SIZE: usize = 1024;
 /// How long requests may take to finish after the server was told to stop.
-const DRAIN: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A server that is ready to serve.
 pub struct App {
@@ -72,7 +72,7 @@ impl App {
         // A certificate is for the public name.
         let own_url = if config.tls.is_some() { url.clone() } else { format!("http://{address}") };
 
-        let (changes, changed) = mpsc::channel(QUEUE);
+        let (changes, changed) = mpsc::channel(QUEUE_SIZE);
         let provisioner: Arc<dyn Provisioner> = match &config.backend {
             Backend::Local(local) => {
                 Arc::new(Local::start(local, own_url, config.tls.as_ref(), changes.clone()).await?)
@@ -88,7 +88,7 @@ impl App {
         let events = Events::new(store.clone(), Arc::clone(&metrics));
         let admission = Admission::start(store.clone(), Arc::clone(&agents), Arc::clone(&relay), Arc::clone(&secrets));
         let admission = Arc::new(admission.await?);
-        let (deadlines, deadline_changed) = mpsc::channel(QUEUE);
+        let (deadlines, deadline_changed) = mpsc::channel(QUEUE_SIZE);
         let reconciler = Reconciler::new(Parts {
             store: store.clone(),
             provisioner: Arc::clone(&provisioner),
@@ -165,7 +165,7 @@ impl App {
             tracing::info!("stopping; weavers go on running");
             state.agents.go_away();
             state.stopping.cancel();
-            tokio::time::sleep(DRAIN).await;
+            tokio::time::sleep(DRAIN_TIMEOUT).await;
         };
         let result = tokio::select! {
             () = serving => Ok(()),

@@ -13,7 +13,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use crate::{admission::Admission, reconcile::Reconciler, sessions::Sessions, store::Store};
 
 /// Between two looks. What has lost its rights ends within a second.
-const LOOK: Duration = Duration::from_millis(250);
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 /// Before a look that failed is repeated.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -27,7 +27,7 @@ pub struct Revocation {
 impl Revocation {
     /// Works until it is dropped.
     pub async fn run(self) {
-        let mut tick = interval(LOOK);
+        let mut tick = interval(CHECK_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut completed = None;
         loop {

@@ -16,7 +16,7 @@ use super::places::Place;
 
 /// How long a whole request's body may take: the largest, 1 MiB, in that time is 35 kB/s, which a poor mobile network
 /// has. All that the command line sends is a thousandth of it.
-const BODY: Duration = Duration::from_secs(30);
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A request's body, on the clock.
 pub(super) struct RequestBody {
@@ -30,7 +30,8 @@ pub(super) struct RequestBody {
 
 impl RequestBody {
     pub(super) fn new(body: Incoming, complete: impl FnOnce() + Send + Sync + 'static) -> Self {
-        let mut body = Self { body, deadline: Instant::now() + BODY, timer: None, complete: Some(Box::new(complete)) };
+        let mut body =
+            Self { body, deadline: Instant::now() + BODY_TIMEOUT, timer: None, complete: Some(Box::new(complete)) };
         body.note_end();
         body
     }
@@ -64,7 +65,7 @@ impl Body for RequestBody {
         }
         let deadline = this.deadline;
         ready!(this.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline))).as_mut().poll(context));
-        let late = io::Error::new(io::ErrorKind::TimedOut, format!("the body did not come within {BODY:?}"));
+        let late = io::Error::new(io::ErrorKind::TimedOut, format!("the body did not come within {BODY_TIMEOUT:?}"));
         Poll::Ready(Some(Err(late.into())))
     }
 

@@ -46,15 +46,15 @@ use crate::problem::Problem;
 
 /// How long a client may take for its TLS handshake, and a proxy for its PROXY header: three round trips, with a
 /// packet lost in each and repeated twice (1 s and 2 s after, RFC 6298 §2).
-const HANDSHAKE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the head of a connection's first request may take from then on: it is one packet or two.
-const FIRST_HEAD: Duration = Duration::from_secs(10);
+const FIRST_HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection may be idle between two requests, the next one's head included: longer than proxies keep
 /// theirs (60 s in nginx and in AWS's load balancers), so that they never send a request into a closing connection.
-const IDLE: Duration = Duration::from_secs(75);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// The largest head of a request, in bytes, and what is buffered of a connection each way; a token, a URL and the
 /// headers of several proxies take about 4 KiB.
-const BUFFER: usize = 16 << 10;
+const BUFFER_SIZE: usize = 16 << 10;
 /// Connections at a time that have not sent a whole request yet. The oldest gives way, so at 10,000 new ones a second
 /// each still has 0.1 s; all of them, with half a head and TLS, take less than 64 MiB.
 const NEWCOMERS: usize = 1024;
@@ -173,7 +173,7 @@ impl Exchange {
                 None => anyhow::Ok(Err(stream)),
             }
         };
-        let Some(opened) = stop.run_until_cancelled(timeout(HANDSHAKE, handshake)).await else { return Ok(()) };
+        let Some(opened) = stop.run_until_cancelled(timeout(HANDSHAKE_TIMEOUT, handshake)).await else { return Ok(()) };
         match opened.context(Refusal::HandshakeTimeout)?? {
             Ok(encrypted) => Box::pin(self.run(encrypted, stop)).await,
             Err(clear) => Box::pin(self.run(clear, stop)).await,
@@ -193,11 +193,11 @@ impl Exchange {
         };
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(IDLE)
-            .max_buf_size(BUFFER)
+            .header_read_timeout(IDLE_TIMEOUT)
+            .max_buf_size(BUFFER_SIZE)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
-        let (mut connection, mut first_head) = (pin!(connection), pin!(sleep(FIRST_HEAD)));
+        let (mut connection, mut first_head) = (pin!(connection), pin!(sleep(FIRST_HEAD_TIMEOUT)));
         let (mut stopping, mut first) = (false, true);
         loop {
             tokio::select! {

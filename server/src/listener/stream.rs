@@ -20,7 +20,7 @@ use super::{places::Place, refusal::Refusal};
 
 /// How long a client may take nothing of an answer: longer than a network's outage that TCP survives unnoticed by
 /// people, and as long as a request's body may take.
-const STALL: Duration = Duration::from_secs(30);
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A connection's bytes, in clear or over TLS. It holds the connection's place as long as anybody holds it.
 pub(super) struct Stream<S> {
@@ -41,7 +41,7 @@ impl<S> Stream<S> {
             self.stall = None;
             return result;
         }
-        ready!(self.stall.get_or_insert_with(|| Box::pin(sleep(STALL))).as_mut().poll(context));
+        ready!(self.stall.get_or_insert_with(|| Box::pin(sleep(STALL_TIMEOUT))).as_mut().poll(context));
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, Refusal::Stalled)))
     }
 }

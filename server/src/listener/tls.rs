@@ -20,7 +20,7 @@ use rustls::{
 use serde::{Deserialize, Serialize};
 
 /// How often the certificate's files are looked at, at most.
-const LOOK: Duration = Duration::from_secs(10);
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What was given.
 #[derive(Args, Debug, Clone, Default, Serialize, Deserialize)]
@@ -102,7 +102,7 @@ impl Files {
 
     fn current(&self, now: Instant) -> Arc<CertifiedKey> {
         let mut current = self.current.lock();
-        if now.duration_since(current.looked) >= LOOK {
+        if now.duration_since(current.looked) >= CHECK_INTERVAL {
             current.looked = now;
             let modified = [&self.certificate, &self.key].map(|path| modified(path));
             if modified != current.modified {

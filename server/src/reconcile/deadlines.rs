@@ -19,7 +19,7 @@ use crate::{store::Deadline, weaver::Event};
 const WARNINGS: [SignedDuration; 3] =
     [SignedDuration::from_mins(1), SignedDuration::from_mins(5), SignedDuration::from_mins(15)];
 /// How long an ended weaver's events and output are kept.
-const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
+const RETENTION: SignedDuration = SignedDuration::from_hours(7 * 24);
 /// Before an end that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// No deadline is waited for more finely than this.
@@ -76,7 +76,7 @@ impl Deadlines {
                 (deadline.weaver, Timed { deadline, warned })
             })
             .collect();
-        self.reconciler.store.forget_ended(Timestamp::now() - KEPT).await?;
+        self.reconciler.store.forget_ended(Timestamp::now() - RETENTION).await?;
         self.reconciler.admission.forget_unused().await?;
         Ok(())
     }

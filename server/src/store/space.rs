@@ -22,7 +22,7 @@ const RESERVE: u64 = 8 << 20;
 /// With less than this free the disk counts as full.
 const LOW: u64 = 4 << 20;
 /// Between two looks at the disk. The look itself takes microseconds.
-const LOOK: Duration = Duration::from_millis(250);
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// See the module. Cheap to clone.
 #[derive(Clone)]
@@ -47,7 +47,7 @@ impl Space {
     /// Looks at the disk again and again, until it is dropped.
     pub(super) async fn watch(&self) {
         loop {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             self.look();
         }
     }

@@ -20,9 +20,9 @@ use super::{
 use crate::provision::{ProvisionError, ResolvedImage};
 
 /// How long a registry may take for one answer, and one try to read an image.
-const TRY: Duration = Duration::from_secs(10);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long all tries together may take.
-const ALL_TRIES: Duration = Duration::from_secs(20);
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Before the second and the third try.
 const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
 /// Images that are remembered by their digests.
@@ -41,7 +41,7 @@ pub(super) struct Images {
 
 impl Images {
     pub(super) fn new(client: kube::Client, config: &Config) -> Result<Self> {
-        Self::with_patience(client, config, TRY, ALL_TRIES)
+        Self::with_patience(client, config, ATTEMPT_TIMEOUT, LOOKUP_TIMEOUT)
     }
 
     fn with_patience(client: kube::Client, config: &Config, one_try: Duration, all_tries: Duration) -> Result<Self> {

@@ -55,7 +55,7 @@ pub use config::{Config, DEFAULT_IMAGE, Network, Settings};
 pub use trust::say_doubt;
 
 /// How long a supervisor may take to end what it runs before it is killed.
-const GRACE: Duration = Duration::from_secs(12);
+const GRACE_PERIOD: Duration = Duration::from_secs(12);
 
 /// What a supervisor runs: `spec.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -233,9 +233,9 @@ impl Local {
     async fn end_supervisor(&self, directory: &Path) -> Result<()> {
         let Some(supervisor) = Supervisor::find(directory)? else { return Ok(()) };
         supervisor.signal(Signal::TERM);
-        if timeout(GRACE, supervisor.ended()).await.is_err() {
+        if timeout(GRACE_PERIOD, supervisor.ended()).await.is_err() {
             supervisor.signal(Signal::KILL);
-            timeout(GRACE, supervisor.ended()).await.context("a killed supervisor did not end")??;
+            timeout(GRACE_PERIOD, supervisor.ended()).await.context("a killed supervisor did not end")??;
         }
         Ok(())
     }

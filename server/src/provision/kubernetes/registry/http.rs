@@ -23,9 +23,9 @@ pub(super) const MAX_REDIRECTS: usize = 5;
 /// How much of an answer that says no is kept for the log, in bytes.
 const MAX_REFUSAL: usize = 1024;
 /// How long a connection may take to come about.
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a connection is kept for the next request. Reading one image takes several.
-const IDLE: Duration = Duration::from_secs(5);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A server that the operator has listed, as HOST or HOST:PORT.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,9 +81,9 @@ impl Http {
         let client = || {
             Client::builder()
                 .user_agent(concat!("loom-server/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(CONNECT)
+                .connect_timeout(CONNECT_TIMEOUT)
                 .timeout(patience)
-                .pool_idle_timeout(IDLE)
+                .pool_idle_timeout(IDLE_TIMEOUT)
                 .redirect(redirect::Policy::none())
                 // A proxy would resolve names by itself.
                 .no_proxy()

@@ -18,7 +18,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 
 use super::*;
 
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A server that answers as a test wants it to, and counts who connects.
 struct Server {
@@ -56,7 +56,7 @@ impl Server {
 fn listing(servers: &[&Server]) -> Registry {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let listed: Vec<Authority> = servers.iter().map(|server| server.address.to_string().parse().unwrap()).collect();
-    Registry::new(&listed, &[], PATIENCE).unwrap()
+    Registry::new(&listed, &[], TIMEOUT).unwrap()
 }
 
 async fn digest(registry: &Registry, image: &Reference) -> Result<String, RegistryError> {
@@ -228,7 +228,7 @@ async fn a_registry_that_does_not_answer_is_given_up() {
     let begun = Instant::now();
     let answer = digest(&registry, &Reference::parse(&format!("{address}/a")).unwrap()).await;
     assert_eq!(answer, Err(RegistryError::Unreachable("it does not answer")));
-    assert!(begun.elapsed() < PATIENCE);
+    assert!(begun.elapsed() < TIMEOUT);
 }
 
 #[tokio::test]

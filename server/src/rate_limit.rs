@@ -15,7 +15,7 @@ const MAX_ADDRESSES: usize = 10_000;
 /// Between two searches for addresses that need no counting any more, while there is no room.
 const SWEEP: Duration = Duration::from_secs(1);
 /// The shared allowance of the others.
-const OTHERS: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+const SHARED_ADDRESS: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
 /// Counts what addresses do.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ impl RateLimit {
 
     /// Takes one back that was counted for an address.
     pub fn give_back(&mut self, address: IpAddr) {
-        let address = if self.full_at.contains_key(&address) { address } else { OTHERS };
+        let address = if self.full_at.contains_key(&address) { address } else { SHARED_ADDRESS };
         if let Some(full_at) = self.full_at.get_mut(&address) {
             *full_at = full_at.checked_sub(self.interval).unwrap_or(*full_at);
         }
@@ -71,7 +71,7 @@ impl RateLimit {
             self.swept = Some(now);
             self.full_at.retain(|_, full| *full > now);
         }
-        if self.full_at.len() < MAX_ADDRESSES { address } else { OTHERS }
+        if self.full_at.len() < MAX_ADDRESSES { address } else { SHARED_ADDRESS }
     }
 }
 

@@ -38,7 +38,7 @@ use super::{PodInfo, PodObservation, PodSpec, ProvisionError, Provisioner, Resol
 pub use config::{Config, DEFAULT_IMAGE, Settings};
 use image::Images;
 pub use registry::Authority;
-use watch::Seen;
+use watch::PodCache;
 
 /// Seconds a pod's processes have to end by themselves. The host kills what is left before.
 const GRACE_SECONDS: u32 = 5;
@@ -54,7 +54,7 @@ pub struct Kubernetes {
     config: Config,
     /// The authorities that agents trust for the server's certificate, in PEM.
     authorities: Option<String>,
-    seen: Arc<Seen>,
+    seen: Arc<PodCache>,
     images: Images,
     /// Ends the watches when it is dropped.
     _watching: JoinSet<()>,
@@ -78,7 +78,7 @@ impl Kubernetes {
         }
         let authorities = config.agent_ca.as_deref().map(authorities::read).transpose()?;
         let pods = Api::namespaced(client.clone(), &config.namespace);
-        let seen = Arc::new(Seen::default());
+        let seen = Arc::new(PodCache::default());
         let mut watching = JoinSet::new();
         watching.spawn(watch::pods(pods.clone(), Arc::clone(&seen), changes.clone()));
         watching.spawn(watch::events(Api::namespaced(client.clone(), &config.namespace), Arc::clone(&seen), changes));

@@ -24,7 +24,7 @@ use crate::provision::{PodInfo, PodObservation, PodPhase, ProvisionError};
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// What the watches have seen.
-pub(super) struct Seen {
+pub(super) struct PodCache {
     known: Mutex<Known>,
     listing: watch::Sender<Listing>,
 }
@@ -63,13 +63,13 @@ struct Progress {
     words: String,
 }
 
-impl Default for Seen {
+impl Default for PodCache {
     fn default() -> Self {
         Self { known: Mutex::default(), listing: watch::Sender::new(Listing::Pending) }
     }
 }
 
-impl Seen {
+impl PodCache {
     /// Waits until all pods are known.
     ///
     /// # Errors
@@ -147,7 +147,7 @@ impl Backoff for Pauses {
 }
 
 /// Watches the pods, for ever; `changes` gets each weaver whose pod has changed.
-pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<Seen>, changes: mpsc::Sender<WeaverId>) {
+pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<PodCache>, changes: mpsc::Sender<WeaverId>) {
     let config = watcher::Config::default().labels(pod::SELECTOR);
     let mut events = std::pin::pin!(watcher(pods, config).backoff(Pauses::default()));
     let mut listing = HashMap::new();
@@ -192,7 +192,7 @@ pub(super) async fn pods(pods: Api<v1::Pod>, seen: Arc<Seen>, changes: mpsc::Sen
 }
 
 /// Watches what Kubernetes says of the pods, for ever; `changes` gets each weaver that there is news of.
-pub(super) async fn events(events: Api<v1::Event>, seen: Arc<Seen>, changes: mpsc::Sender<WeaverId>) {
+pub(super) async fn events(events: Api<v1::Event>, seen: Arc<PodCache>, changes: mpsc::Sender<WeaverId>) {
     let config = watcher::Config::default().fields("involvedObject.kind=Pod");
     let mut events = std::pin::pin!(watcher(events, config).backoff(Pauses::default()));
     while let Some(event) = events.next().await {

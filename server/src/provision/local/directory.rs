@@ -28,7 +28,7 @@ const UIDS: u32 = 4096;
 /// Users that exist on every machine: `nobody`, and what 16-bit programs take for "no user".
 const RESERVED_UIDS: [u32; 2] = [65_534, 65_535];
 /// What belongs to the weaver's user.
-const GIVEN_AWAY: [(&str, u32); 4] = [("sidecar", 0o700), ("run", 0o700), ("workspace", 0o755), ("home", 0o755)];
+const WEAVER_OWNED: [(&str, u32); 4] = [("sidecar", 0o700), ("run", 0o700), ("workspace", 0o755), ("home", 0o755)];
 /// The length of a credential that is read back, at most.
 const MAX_TOKEN: u64 = 256;
 
@@ -84,7 +84,7 @@ impl Directories {
         let mut last_uid = self.last_uid.lock();
         let uid = self.free_uid(&mut last_uid)?;
         make_directory(&unfinished, 0o700)?;
-        for (name, mode) in GIVEN_AWAY {
+        for (name, mode) in WEAVER_OWNED {
             make_directory(&unfinished.join(name), mode)?;
             if uid.is_some() {
                 lchown(unfinished.join(name), uid, uid).with_context(|| format!("giving {name} away"))?;

@@ -27,9 +27,9 @@ const ACCOUNTS: [&str; 2] = ["passwd", "group"];
 /// Devices that harm nobody.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 /// The weaver's own directories: where they are kept, and where they appear.
-const OWN: [(&str, &str); 3] = [("workspace", "workspace"), ("home", "home/loom"), ("run", "loom/run")];
+const BIND_MOUNTS: [(&str, &str); 3] = [("workspace", "workspace"), ("home", "home/loom"), ("run", "loom/run")];
 /// Temporary directories, and what each may hold.
-const TEMPORARY: [(&str, &str); 4] = [
+const TMPFS_MOUNTS: [(&str, &str); 4] = [
     ("tmp", "mode=1777,size=2g"),
     ("run", "mode=755,size=64m"),
     ("var/tmp", "mode=1777,size=2g"),
@@ -48,14 +48,14 @@ pub(super) fn enter(own_processes: bool) -> Result<()> {
     mount("tmpfs", root, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755,size=16m").context("the root")?;
     system_directories(root)?;
     settings(root)?;
-    for (directory, options) in TEMPORARY {
+    for (directory, options) in TMPFS_MOUNTS {
         let at = root.join(directory);
         fs::create_dir_all(&at)?;
         let options = std::ffi::CString::new(options)?;
         mount("tmpfs", &at, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
             .with_context(|| format!("/{directory}"))?;
     }
-    for (kept, appears) in OWN {
+    for (kept, appears) in BIND_MOUNTS {
         let at = root.join(appears);
         fs::create_dir_all(&at)?;
         mount_bind(kept, &at).with_context(|| format!("/{appears}"))?;

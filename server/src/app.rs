@@ -96,7 +96,7 @@ impl App {
             admission: Arc::clone(&admission),
             agents: Arc::clone(&agents),
             metrics: Arc::clone(&metrics),
-            bell: changes,
+            wakeups: changes,
             deadlines,
         });
         let mut tasks = JoinSet::new();

@@ -1,4 +1,4 @@
-//! What happens to weavers: rows, and a bell for those who wait for more.
+//! The weavers' events: rows in the database, and notifications for those who wait for more.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -14,12 +14,12 @@ pub struct Events {
     store: Store,
     metrics: Arc<Metrics>,
     /// One for each weaver that somebody listens to: an event of one weaver wakes nobody else.
-    bells: Arc<Mutex<HashMap<WeaverId, watch::Sender<()>>>>,
+    subscribers: Arc<Mutex<HashMap<WeaverId, watch::Sender<()>>>>,
 }
 
 impl Events {
     pub fn new(store: Store, metrics: Arc<Metrics>) -> Self {
-        Self { store, metrics, bells: Arc::default() }
+        Self { store, metrics, subscribers: Arc::default() }
     }
 
     /// Writes an event that is no transition of the weaver's life. A failure is logged: what happened has happened all
@@ -37,16 +37,16 @@ impl Events {
         // Escaped: some of it is said by agents, and by servers that they talk to.
         tracing::info!(%weaver, ?kind, "{}", message.escape_debug());
         self.metrics.stage(weaver, *kind);
-        let mut bells = self.bells.lock();
-        if bells.get(&weaver).is_some_and(|bell| bell.send(()).is_err()) {
-            bells.remove(&weaver);
+        let mut subscribers = self.subscribers.lock();
+        if subscribers.get(&weaver).is_some_and(|sender| sender.send(()).is_err()) {
+            subscribers.remove(&weaver);
         }
     }
 
     /// Changes at every event of a weaver.
     pub fn subscribe(&self, weaver: WeaverId) -> watch::Receiver<()> {
-        let mut bells = self.bells.lock();
-        bells.retain(|_, bell| !bell.is_closed());
-        bells.entry(weaver).or_insert_with(|| watch::Sender::new(())).subscribe()
+        let mut subscribers = self.subscribers.lock();
+        subscribers.retain(|_, sender| !sender.is_closed());
+        subscribers.entry(weaver).or_insert_with(|| watch::Sender::new(())).subscribe()
     }
 }

@@ -1,6 +1,6 @@
 //! Closes the difference between what should be (rows) and what is (pods), one weaver at a time.
 //!
-//! [`Reconciler::run`] looks at one weaver's row and pod and takes the next step, for each weaver whose bell rang, for
+//! [`Reconciler::run`] looks at one weaver's row and pod and takes the next step, for each weaver that was woken, for
 //! all of them at the start, and again after a while when it failed. A step may be taken at any time and again, and
 //! remembers nothing. [`queue`] decides whose turn it is. [`Reconciler::end`] is the one way in which a weaver ends by
 //! itself. [`deadlines`] ends those whose time is up.
@@ -48,7 +48,7 @@ pub struct Parts {
     pub agents: Arc<Hub>,
     pub metrics: Arc<Metrics>,
     /// Where weavers that must be looked at are named; the backend names them there, too.
-    pub bell: mpsc::Sender<WeaverId>,
+    pub wakeups: mpsc::Sender<WeaverId>,
     /// Where weavers are named whose deadline is new.
     pub deadlines: mpsc::Sender<WeaverId>,
 }
@@ -89,19 +89,19 @@ impl Reconciler {
     }
 
     /// Has a weaver looked at.
-    pub async fn ring(&self, weaver: WeaverId) {
+    pub async fn wake(&self, weaver: WeaverId) {
         // Nobody listens only when the server stops; the next one looks at everything.
-        let _ = self.bell.send(weaver).await;
+        let _ = self.wakeups.send(weaver).await;
     }
 
-    /// Works until it is dropped: on every weaver that is named in `bell`, and on all at the start.
-    pub async fn run(self, mut bell: mpsc::Receiver<WeaverId>) {
+    /// Works until it is dropped: on every weaver that is named in `wakeups`, and on all at the start.
+    pub async fn run(self, mut wakeups: mpsc::Receiver<WeaverId>) {
         let mut work = Work { list_at: Some(Instant::now()), ..Work::default() };
         loop {
             self.begin_due(&mut work).await;
             let next = [work.queue.next_due(), work.list_at].into_iter().flatten().min();
             tokio::select! {
-                rang = bell.recv() => match rang {
+                woken = wakeups.recv() => match woken {
                     Some(weaver) => work.queue.push(Instant::now(), weaver, self.store.lane(weaver).await),
                     None => return,
                 },
@@ -168,7 +168,7 @@ impl Reconciler {
         let mut all = self.store.live_weavers().await.context("listing the weavers")?;
         // What is known of is looked at already, even when the backend does not answer yet.
         for weaver in &all {
-            self.ring(*weaver).await;
+            self.wake(*weaver).await;
         }
         all.extend(self.provisioner.list().await.context("listing the pods")?);
         Ok(all)
@@ -227,7 +227,7 @@ impl Reconciler {
     async fn make(&self, row: &Weaver) -> Result<()> {
         if row.resolved.is_none() && !self.resolve(row).await? {
             // Its row was changed, which is looked at anew.
-            self.ring(row.id).await;
+            self.wake(row.id).await;
             return Ok(());
         }
         match self.provisioner.ensure(&pod_spec(row)).await {
@@ -235,7 +235,7 @@ impl Reconciler {
                 fault::point("pod-made");
                 self.events.write(row.id, Event::new(EventKind::Started, "its processes have been started")).await;
                 // It may have been deleted while it was made; then it has to go again.
-                self.ring(row.id).await;
+                self.wake(row.id).await;
                 Ok(())
             }
             Err(ProvisionError::Refused(reason)) => self.end(row.id, Ending::Failed { reason }).await,
@@ -291,7 +291,7 @@ impl Reconciler {
     /// A weaver has been recorded: tells of it, and has it made.
     pub async fn added(&self, weaver: WeaverId, event: &Event) {
         self.events.announce(weaver, event);
-        self.ring(weaver).await;
+        self.wake(weaver).await;
         self.time(weaver).await;
     }
 
@@ -357,7 +357,7 @@ impl Reconciler {
     /// Has the pod of an ended weaver removed, and cuts it off until then.
     async fn clean_up(&self, weaver: WeaverId) -> Result<()> {
         // First: a step cuts it off too, and is taken again until it succeeds.
-        self.ring(weaver).await;
+        self.wake(weaver).await;
         self.admission.end(weaver).await?;
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::{
     reconcile::queue::{Lane, Stage},
     weaver::{Event, Weaver},
 };
-use row::{RawWeaver, readable, select_weavers};
+use row::{RawWeaver, columns, readable, readable_json, select_many_weavers, select_weavers};
 
 /// The most bytes of a main program's output that are kept.
 pub const MAX_TAIL: usize = 64 << 10;
@@ -93,7 +93,7 @@ impl Store {
 
     /// A page of an organisation's weavers. A row that cannot be read is logged and left out.
     pub async fn weavers_of(&self, org: OrgId, page: Page) -> sqlx::Result<Vec<Weaver>> {
-        let raw: Vec<RawWeaver> = sqlx::query_as(select_weavers!(
+        let rows: Vec<String> = sqlx::query_scalar(select_many_weavers!(
             "WHERE org_id = ?1 AND (?2 IS NULL OR id < ?2) \
              AND (?3 OR ended_by IS NULL OR ended_by = 'itself') ORDER BY id DESC LIMIT ?4"
         ))
@@ -103,7 +103,7 @@ impl Store {
         .bind(i64::from(page.limit))
         .fetch_all(self.reader())
         .await?;
-        Ok(readable(raw))
+        Ok(readable_json(&rows))
     }
 
     /// The weavers of a user's organisations that have a name, newest first, at most [`MAX_FITTING`] and one more.

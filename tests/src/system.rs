@@ -6,7 +6,10 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -27,6 +30,9 @@ pub const BACKEND: &str = "LOOM_TEST_BACKEND";
 
 /// For anything that should take a moment: far more than it needs, so that only a bug exceeds it.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The ports of [`free_port`]: below the kernel's own for outgoing connections and Kubernetes' node ports.
+const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
 /// A server, a logged-in user, and a directory for their files. Dropping it stops and removes everything.
 pub struct System {
@@ -515,9 +521,20 @@ fn built_binaries() -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// A port of this machine that is not in use.
+/// A TCP port that nothing listens on, and that nothing is given unless it asks for it: below those that the kernel
+/// gives to outgoing connections (`net.ipv4.ip_local_port_range`). No two calls of a process get the same one.
 pub fn free_port() -> Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Test processes that run at the same time begin at different places.
+    let begin = std::process::id().wrapping_mul(97);
+    for _ in 0..PORTS.len() {
+        let number = begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) as usize % PORTS.len();
+        let port = PORTS.start + u16::try_from(number)?;
+        if std::net::TcpListener::bind(("0.0.0.0", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no port in {PORTS:?} is free")
 }
 
 fn set_mode(path: impl AsRef<Path>, mode: u32) -> Result<()> {

@@ -89,6 +89,17 @@ fn a_suspended_user_has_no_rights_until_resumed_and_a_removed_one_never() -> Res
 }
 
 #[test]
+fn a_token_of_a_suspended_user_can_be_ended_and_stays_so() -> Result<()> {
+    let system = System::start()?;
+    let ada = system.add_user("ada")?;
+    system.manage(&["user", "suspend", "ada"])?;
+    assert_eq!(system.request(Some(&ada), "DELETE", "/api/login", None)?.status, 204);
+    system.manage(&["user", "resume", "ada"])?;
+    assert_eq!(system.request(Some(&ada), "GET", "/api/me", None)?.status, 401, "it was ended");
+    system.stop()
+}
+
+#[test]
 fn a_list_of_tokens_shows_their_last_use_and_a_revoked_one_is_good_for_nothing() -> Result<()> {
     let system = System::start()?;
     let ada = system.add_user("ada")?;

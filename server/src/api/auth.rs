@@ -7,7 +7,7 @@ use axum::{
 };
 use jiff::Timestamp;
 use loom_api::{
-    ErrorCode, OrgId, WeaverId,
+    ErrorCode, OrgId, UserId, WeaverId,
     login::{Organisation, TokenKind, User},
 };
 
@@ -40,6 +40,11 @@ pub struct UserToken {
 /// The caller is a user, who may have come with a token that does nothing but sign in.
 #[derive(Debug)]
 pub struct SignInCaller(pub UserCaller);
+
+/// A user's token that is to end, by its number. The user may be suspended, and the token one that does nothing but sign
+/// in: it must not come back to life.
+#[derive(Debug)]
+pub struct EndingToken(pub UserId, pub i64);
 
 #[derive(Debug)]
 pub struct AgentCaller(pub WeaverId);
@@ -127,6 +132,18 @@ impl FromRequestParts<AppState> for SignInCaller {
         match user_caller(authenticate(parts, app).await?)? {
             Caller::User(user) => Ok(Self(user)),
             Caller::Agent(_) => Err(not_for_agents()),
+        }
+    }
+}
+
+impl FromRequestParts<AppState> for EndingToken {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Answer<Self> {
+        let token = authenticate(parts, app).await?;
+        match token.owner {
+            TokenOwner::User(user, _) | TokenOwner::Suspended(user) => Ok(Self(user.id, token.id)),
+            TokenOwner::Agent(_) => Err(not_for_agents()),
         }
     }
 }

@@ -8,7 +8,7 @@ use loom_api::{
 };
 
 use super::{
-    auth::{SignInCaller, UserCaller},
+    auth::{EndingToken, SignInCaller, UserCaller},
     body::Body,
     extract::Path,
 };
@@ -31,8 +31,9 @@ pub async fn me(caller: UserCaller) -> Json<Me> {
 
 /// Revokes the token that the request came with.
 #[utoipa::path(delete, path = "/api/login", tag = "login", responses((status = 204)), security(("bearer" = [])))]
-pub async fn log_out(State(app): State<AppState>, caller: UserCaller) -> Answer<StatusCode> {
-    app.store.remove_token(caller.user.id, caller.token.id).await?;
+pub async fn log_out(State(app): State<AppState>, EndingToken(user, token): EndingToken) -> Answer<StatusCode> {
+    app.store.remove_token(user, token).await?;
+    sign_in::remove_spent_file(&app.store, &app.config.data_dir).await;
     Ok(StatusCode::NO_CONTENT)
 }
 

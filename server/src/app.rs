@@ -5,9 +5,15 @@
 //! back, the tasks end, and the weavers go on running. Nothing that matters is in memory only, so being killed is no
 //! different.
 
-use std::{fs, os::unix::fs::DirBuilderExt as _, sync::Arc, time::Duration};
+use std::{
+    fs::{self, File, TryLockError},
+    os::unix::fs::DirBuilderExt as _,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -42,6 +48,8 @@ pub struct App {
     state: AppState,
     listener: Listener,
     tasks: JoinSet<()>,
+    /// Held until the end.
+    data_lock: File,
 }
 
 impl App {
@@ -57,6 +65,7 @@ impl App {
             .mode(0o711)
             .create(&config.data_dir)
             .with_context(|| format!("making {}", config.data_dir.display()))?;
+        let data_lock = lock(&config.data_dir)?;
         let secrets = Arc::new(Secrets::load(&config.data_dir.join("secret.key"))?);
         let store = Store::open(&config.data_dir.join("loom.db")).await?;
         sign_in::make_first_user(&store, &config.data_dir).await?;
@@ -146,7 +155,7 @@ impl App {
         fs::write(&temporary, address.to_string())?;
         fs::rename(&temporary, &listen_file)?;
         tracing::info!(%address, data = %state.config.data_dir.display(), backend = state.provisioner.name(), "serving");
-        Ok(Self { state, listener, tasks })
+        Ok(Self { state, listener, tasks, data_lock })
     }
 
     /// Serves until `stop` is done; then ends within a few seconds.
@@ -155,7 +164,7 @@ impl App {
     ///
     /// When one of the tasks beside requests ends.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let Self { state, listener, mut tasks } = self;
+        let Self { state, listener, mut tasks, data_lock: _data_lock } = self;
         let serving = async {
             listener.serve(api::router(state.clone()), state.stopping.clone()).await;
             state.changes.completed().await;
@@ -184,4 +193,19 @@ impl App {
         state.store.close().await;
         result
     }
+}
+
+/// Keeps a second server off the data: each would start the weavers of the other again, and count only its own
+/// connections. The system gives the lock back when the process ends, however it does.
+fn lock(data: &Path) -> Result<File> {
+    let directory = File::open(data).with_context(|| format!("opening {}", data.display()))?;
+    match directory.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            bail!("another server runs on {}; stop it, or choose another --data-dir", data.display())
+        }
+        // Not every network file system has locks.
+        Err(TryLockError::Error(error)) => tracing::warn!("{} cannot be locked: {error}", data.display()),
+    }
+    Ok(directory)
 }

@@ -35,6 +35,19 @@ fn a_killed_server_breaks_neither_ssh_nor_attach() -> Result<()> {
 }
 
 #[test]
+fn a_second_server_keeps_off_the_data_of_the_first() -> Result<()> {
+    let mut system = System::start()?;
+    let mut second = system.program("timeout");
+    second.arg("20").arg(System::binary("loom-server")?).args(["--listen", "127.0.0.1:0", "--data-dir"]);
+    let output = second.arg(system.path("data")).output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && error.contains("another server runs on"), "{error}");
+    system.kill_server()?;
+    system.start_server()?;
+    system.stop()
+}
+
+#[test]
 fn a_server_that_stops_politely_leaves_the_weavers_running() -> Result<()> {
     let mut system = System::start()?;
     let weaver = system.new_weaver(&[])?;

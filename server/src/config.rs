@@ -166,6 +166,14 @@ impl Settings {
         let listen = server.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7700));
         let data_dir = absolute(server.data_dir)?;
         let public_url = server.public_url.map(|url| url.trim_end_matches('/').to_owned());
+        if let Some(url) = &public_url {
+            // People are sent there to approve their logins.
+            let host = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+            ensure!(
+                host.is_some_and(|host| !host.is_empty() && !host.contains(char::is_whitespace)),
+                "{url:?} cannot be the public-url: it looks like https://loom.example"
+            );
+        }
         let backend = server.backend.unwrap_or(BackendName::Local);
         // A token must not travel in clear, and local weavers are for development.
         ensure!(
@@ -310,6 +318,9 @@ mod tests {
         assert!(error(&[], "config = \"other.toml\"").contains("\"config\""));
         let wrong = error(&[], "max-weavers = \"many\"");
         assert!(wrong.contains("max-weavers") && wrong.contains("config.toml"), "{wrong}");
+        for url in ["loom.example", "ftp://loom.example", "https://", ""] {
+            assert!(error(&["--public-url", url], "").contains("public-url"), "{url}");
+        }
         assert!(error(&[], "kubernetes-tolerations = 3").contains("kubernetes-tolerations"));
     }
 

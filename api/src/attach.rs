@@ -82,10 +82,6 @@ pub enum ServerControl {
         /// The exit code, or 128 plus the number of the signal that ended it.
         code: i32,
     },
-    /// The attach failed; the last frame.
-    Error {
-        code: crate::ErrorCode,
-        /// For the user.
-        message: String,
-    },
+    /// The attach failed, or the user may no longer attach; the last frame.
+    Error(crate::ApiError),
 }

@@ -182,7 +182,7 @@ impl Client {
     }
 
     /// `GET` of server-sent events (WHATWG HTML §9.2): the `data` of each, parsed as JSON. The stream yields an error
-    /// when the connection is cut.
+    /// when the connection is cut, or the server sends an event `error`.
     pub async fn events<T: DeserializeOwned + Send + 'static>(
         &self,
         path: &str,
@@ -191,15 +191,24 @@ impl Client {
         let server = self.base.to_string();
         let state = (body, BytesMut::new(), server);
         Ok(futures_util::stream::try_unfold(state, |(mut body, mut buffer, server)| async move {
+            let mut is_error = false;
             loop {
                 while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
                     let line = buffer.split_to(end + 1);
+                    if let Some(kind) = line.strip_prefix(b"event:") {
+                        is_error = kind.trim_ascii() == b"error";
+                    }
                     let Some(data) = line.strip_prefix(b"data:") else { continue };
-                    let item = serde_json::from_slice(data).map_err(|error| ClientError::Protocol {
+                    let unreadable = |error: serde_json::Error| ClientError::Protocol {
                         server: server.clone(),
                         reason: format!("an event that cannot be parsed: {error}"),
                         status: None,
-                    })?;
+                    };
+                    if is_error {
+                        let body: ErrorBody = serde_json::from_slice(data).map_err(unreadable)?;
+                        return Err(body.error.into());
+                    }
+                    let item = serde_json::from_slice(data).map_err(unreadable)?;
                     return Ok(Some((item, (body, buffer, server))));
                 }
                 if buffer.len() > MAX_LINE {

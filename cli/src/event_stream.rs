@@ -56,6 +56,9 @@ impl EventStream {
                     self.after = event.id;
                     return Ok(event);
                 }
+                Ok(Some(Err(error))) if is_final(&error) => {
+                    return Err(CliError::from(error).doing("cannot follow the weaver's events any longer"));
+                }
                 Ok(Some(Err(_)) | None) => {
                     self.open = None;
                     self.backoff.wait().await;

@@ -2,16 +2,17 @@
 //!
 //! A terminal, a relay connection or a stream of events stays open for hours, while its token may be revoked, its user
 //! suspended or a membership ended. So each of them registers here with its [`Principal`], and waits for
-//! [`Session::ended`]. [`crate::revocation`] notices changes, and ends what has lost its rights.
+//! [`Session::lost`]. [`crate::revocation`] notices changes, and ends what has lost its rights. Agents' connections are
+//! no different: a weaver's agent that registers anew gets a new token, and what the old one opened ends.
 
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
 };
 
-use loom_api::{OrgId, UserId};
+use loom_api::{ApiError, ErrorCode, OrgId, UserId};
 use parking_lot::{Mutex, MutexGuard};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::SetOnce;
 
 /// What keeps a connection open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,12 +21,15 @@ pub enum SessionKind {
     Relay,
     Events,
     Logs,
+    /// An agent's control link, or a stream that it dialled back.
+    Agent,
 }
 
 /// Whose a connection is.
 #[derive(Debug, Clone, Copy)]
 pub struct Principal {
-    pub user: UserId,
+    /// The user; nobody when it is an agent's.
+    pub user: Option<UserId>,
     /// The token that it was opened with.
     pub token: i64,
     /// The organisation that the user must be a member of.
@@ -38,9 +42,25 @@ pub struct Principal {
 #[derive(Debug, Default)]
 pub struct Rights {
     pub revision: i64,
-    /// Tokens that are good, of users who are not suspended.
+    /// Tokens that are good, of agents and of users.
     pub tokens: HashSet<i64>,
+    /// Users who are suspended or removed.
+    pub suspended: HashSet<UserId>,
     pub memberships: HashSet<(UserId, OrgId)>,
+}
+
+impl Rights {
+    fn lost(&self, Principal { user, token, org, .. }: &Principal) -> Option<LostRight> {
+        // First, because the tokens and memberships of a removed user are gone as well.
+        if user.is_some_and(|user| self.suspended.contains(&user)) {
+            return Some(LostRight::Suspended);
+        }
+        if !self.tokens.contains(token) {
+            return Some(LostRight::Token);
+        }
+        let (user, org) = (user.as_ref()?, org.as_ref()?);
+        (!self.memberships.contains(&(*user, *org))).then_some(LostRight::Membership)
+    }
 }
 
 /// How many connections of one kind there may be.
@@ -57,6 +77,29 @@ pub enum TooMany {
     OfUser(usize),
     #[error("your organisation has {0} connections of this kind, as many as it may")]
     OfOrg(usize),
+}
+
+/// Which right a connection has lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LostRight {
+    Token,
+    Suspended,
+    Membership,
+}
+
+impl From<LostRight> for ApiError {
+    fn from(lost: LostRight) -> Self {
+        match lost {
+            LostRight::Token => Self::new(ErrorCode::Unauthorized, "your token was revoked or has expired")
+                .hint("log in again: loom login"),
+            LostRight::Suspended => Self::new(ErrorCode::Unauthorized, "your user was suspended or removed")
+                .hint("ask whoever runs the server"),
+            LostRight::Membership => {
+                Self::new(ErrorCode::Forbidden, "you are no longer a member of the weaver's organisation")
+                    .hint("ask whoever runs the server")
+            }
+        }
+    }
 }
 
 /// The connections that are open.
@@ -80,20 +123,25 @@ struct State {
 struct Open {
     kind: SessionKind,
     principal: Principal,
-    ended: CancellationToken,
+    lost: Arc<SetOnce<LostRight>>,
 }
 
 /// A connection's entry, as long as it is open.
 pub struct Session {
     sessions: Arc<Sessions>,
     number: u64,
-    ended: CancellationToken,
+    lost: Arc<SetOnce<LostRight>>,
 }
 
 impl Session {
-    /// Returns once the connection has lost its rights.
-    pub async fn ended(&self) {
-        self.ended.cancelled().await;
+    /// Returns once the connection has lost a right that it needs.
+    pub async fn lost(&self) -> LostRight {
+        *self.lost.wait().await
+    }
+
+    /// The right that it has lost, if it has.
+    pub fn has_lost(&self) -> Option<LostRight> {
+        self.lost.get().copied()
     }
 }
 
@@ -101,7 +149,9 @@ impl Drop for Session {
     fn drop(&mut self) {
         let mut state = self.sessions.state();
         if let Some(open) = state.open.remove(&self.number) {
-            release(&mut state.of_users, (open.principal.user, open.kind));
+            if let Some(user) = open.principal.user {
+                release(&mut state.of_users, (user, open.kind));
+            }
             if let Some(org) = open.principal.org {
                 release(&mut state.of_orgs, (org, open.kind));
             }
@@ -121,9 +171,11 @@ impl Sessions {
     /// Enters a connection that is about to open.
     pub fn register(self: &Arc<Self>, kind: SessionKind, principal: Principal) -> Result<Session, TooMany> {
         let mut state = self.state();
-        let of_user = state.of_users.get(&(principal.user, kind)).copied().unwrap_or(0);
-        if of_user >= self.limits.per_user {
-            return Err(TooMany::OfUser(of_user));
+        if let Some(user) = principal.user {
+            let of_user = state.of_users.get(&(user, kind)).copied().unwrap_or(0);
+            if of_user >= self.limits.per_user {
+                return Err(TooMany::OfUser(of_user));
+            }
         }
         if let Some(org) = principal.org {
             let of_org = state.of_orgs.get(&(org, kind)).copied().unwrap_or(0);
@@ -132,14 +184,16 @@ impl Sessions {
             }
             state.of_orgs.insert((org, kind), of_org + 1);
         }
-        state.of_users.insert((principal.user, kind), of_user + 1);
-        let (number, ended) = (state.next, CancellationToken::new());
+        if let Some(user) = principal.user {
+            *state.of_users.entry((user, kind)).or_default() += 1;
+        }
+        let (number, lost) = (state.next, Arc::<SetOnce<_>>::default());
         state.next += 1;
         // Its rights were looked up before the last check, and may have been lost in between.
         state.missed |= principal.revision < state.checked;
-        state.open.insert(number, Open { kind, principal, ended: ended.clone() });
+        state.open.insert(number, Open { kind, principal, lost: Arc::clone(&lost) });
         drop(state);
-        Ok(Session { sessions: Arc::clone(self), number, ended })
+        Ok(Session { sessions: Arc::clone(self), number, lost })
     }
 
     /// Whether there is anything to check at an identity revision.
@@ -154,10 +208,10 @@ impl Sessions {
         state.checked = rights.revision;
         state.missed = false;
         let mut count = 0;
-        for open in state.open.values().filter(|open| !open.ended.is_cancelled()) {
-            let Principal { user, token, org, .. } = open.principal;
-            if !rights.tokens.contains(&token) || org.is_some_and(|org| !rights.memberships.contains(&(user, org))) {
-                open.ended.cancel();
+        for open in state.open.values() {
+            if let Some(lost) = rights.lost(&open.principal)
+                && open.lost.set(lost).is_ok()
+            {
                 count += 1;
             }
         }
@@ -181,13 +235,14 @@ mod tests {
     const LIMITS: Limits = Limits { per_user: 2, per_org: 3 };
 
     fn principal(user: UserId, token: i64, org: Option<OrgId>) -> Principal {
-        Principal { user, token, org, revision: 0 }
+        Principal { user: Some(user), token, org, revision: 0 }
     }
 
     fn rights(revision: i64, tokens: &[i64], memberships: &[(UserId, OrgId)]) -> Rights {
         Rights {
             revision,
             tokens: tokens.iter().copied().collect(),
+            suspended: HashSet::new(),
             memberships: memberships.iter().copied().collect(),
         }
     }
@@ -201,8 +256,31 @@ mod tests {
         let stays = sessions.register(SessionKind::Relay, principal(user, 2, None)).expect("entered");
         assert_eq!(sessions.end_without_rights(&rights(1, &[1, 2], &[(user, org)])), 0);
         assert_eq!(sessions.end_without_rights(&rights(2, &[2], &[])), 2);
-        assert!(revoked.ended.is_cancelled() && left.ended.is_cancelled() && !stays.ended.is_cancelled());
+        assert_eq!(
+            [revoked.has_lost(), left.has_lost(), stays.has_lost()],
+            [Some(LostRight::Token), Some(LostRight::Membership), None]
+        );
         assert_eq!(sessions.end_without_rights(&rights(3, &[2], &[])), 0, "each ends once");
+    }
+
+    #[test]
+    fn an_agents_connection_ends_with_its_token_and_counts_for_nobody() {
+        let sessions = Sessions::new(Limits { per_user: 0, per_org: 0 });
+        let agent = Principal { user: None, token: 1, org: None, revision: 0 };
+        let link = sessions.register(SessionKind::Agent, agent).expect("entered");
+        sessions.end_without_rights(&rights(1, &[1], &[]));
+        assert_eq!(link.has_lost(), None);
+        sessions.end_without_rights(&rights(2, &[2], &[]));
+        assert_eq!(link.has_lost(), Some(LostRight::Token));
+    }
+
+    #[test]
+    fn a_suspended_user_is_told_so() {
+        let sessions = Sessions::new(LIMITS);
+        let user = UserId::generate();
+        let session = sessions.register(SessionKind::Attach, principal(user, 1, None)).expect("entered");
+        sessions.end_without_rights(&Rights { suspended: [user].into(), ..rights(1, &[1], &[]) });
+        assert_eq!(session.has_lost(), Some(LostRight::Suspended));
     }
 
     #[test]
@@ -215,7 +293,7 @@ mod tests {
         let late = sessions.register(SessionKind::Events, principal(user, 1, None)).expect("entered");
         assert!(sessions.needs_check(1));
         sessions.end_without_rights(&rights(1, &[], &[]));
-        assert!(late.ended.is_cancelled() && !sessions.needs_check(1));
+        assert!(late.has_lost().is_some() && !sessions.needs_check(1));
     }
 
     #[test]

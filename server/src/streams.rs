@@ -11,7 +11,10 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
-use crate::agents::{AgentError, Hub};
+use crate::{
+    agents::{AgentError, Hub},
+    sessions::Session,
+};
 
 /// How long an agent may take to dial back.
 const DIAL_BACK: Duration = Duration::from_secs(10);
@@ -26,7 +29,13 @@ pub struct Streams {
 
 struct Pending {
     weaver: WeaverId,
-    arrived: oneshot::Sender<Result<WebSocket, String>>,
+    arrived: oneshot::Sender<Result<AgentStream, String>>,
+}
+
+/// A stream that an agent has dialled back. It is to end when the agent's `session` has lost its right.
+pub struct AgentStream {
+    pub socket: WebSocket,
+    pub session: Session,
 }
 
 /// Why there is no stream.
@@ -46,8 +55,8 @@ pub struct Wanted(Pending);
 
 impl Wanted {
     /// Hands the stream over. Who waited may have gone; then it closes, and the agent sees that.
-    pub fn arrived(self, socket: WebSocket) {
-        let _ = self.0.arrived.send(Ok(socket));
+    pub fn arrived(self, stream: AgentStream) {
+        let _ = self.0.arrived.send(Ok(stream));
     }
 }
 
@@ -65,7 +74,7 @@ impl Streams {
     /// # Errors
     ///
     /// When no agent is connected, or it does not answer, or cannot open the stream.
-    pub async fn open(&self, weaver: WeaverId, kind: StreamKind) -> Result<WebSocket, StreamError> {
+    pub async fn open(&self, weaver: WeaverId, kind: StreamKind) -> Result<AgentStream, StreamError> {
         let stream = Uuid::new_v4();
         let (arrived, wait) = oneshot::channel();
         {
@@ -81,7 +90,7 @@ impl Streams {
             return Err(AgentError::NotConnected.into());
         }
         match timeout(DIAL_BACK, wait).await {
-            Ok(Ok(Ok(socket))) => Ok(socket),
+            Ok(Ok(Ok(stream))) => Ok(stream),
             Ok(Ok(Err(reason))) => Err(StreamError::Refused(reason)),
             Ok(Err(_)) => Err(AgentError::NotConnected.into()),
             Err(_) => Err(AgentError::NoAnswer.into()),

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     net::TcpStream,
     os::unix::fs::DirBuilderExt as _,
     process::{Child, Command, Output, Stdio},
@@ -13,15 +13,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use loom_tests::{
     System, Weaver,
+    agent::Agent,
     api::{self, UPGRADE},
     eventually,
     keys::KeyPair,
     processes,
     system::{TIMEOUT, free_port},
+    terminal::Terminal,
 };
 use rustix::process::Signal;
 use serde_json::json;
@@ -29,6 +31,9 @@ use tungstenite::{Message, WebSocket};
 
 /// The product says a second; the rest is the machine's.
 const SOON: Duration = Duration::from_secs(2);
+
+/// How attach is closed, and a word of why, when its token is good no longer.
+const UNAUTHORIZED: (u16, &str) = (3000, "revoked or has expired");
 
 /// A colleague in an organisation, where a weaver runs.
 struct Colleague {
@@ -68,6 +73,13 @@ impl Colleague {
         command.env("LOOM_TOKEN", token).env("XDG_RUNTIME_DIR", self.system.path(path));
         command.env("LOOM_UDP", if path == "relayed" { "off" } else { "on" });
         command
+    }
+
+    /// Revokes a token of the colleague's by its name, as an operator does.
+    fn revoke(&self, name: &str) -> Result<()> {
+        let list = self.system.manage(&["token", "list", "--user", "ada"])?;
+        let row = list.lines().find(|line| line.contains(name)).context("the token's row")?;
+        self.system.manage(&["token", "revoke", row.split_whitespace().next().context("its number")?]).map(drop)
     }
 
     fn follow(&self, token: &str, path: &str) -> Result<Child> {
@@ -112,21 +124,14 @@ impl Colleague {
         Ok(opened)
     }
 
-    /// Checks that everything ends soon, and that nothing can be opened again.
-    fn all_ends(&self, token: &str, mut opened: Opened) -> Result<Output> {
+    /// Checks that everything ends soon, that attach says why with a close code and a word, and that nothing can be
+    /// opened again.
+    fn all_ends(&self, token: &str, mut opened: Opened, why: (u16, &str)) -> Result<Output> {
         let began = Instant::now();
         let left = |what: &str| SOON.checked_sub(began.elapsed()).with_context(|| format!("{what} goes on"));
-        opened.attached.get_ref().set_read_timeout(Some(left("attach")?))?;
-        loop {
-            match opened.attached.read() {
-                Ok(message) if message.is_close() => break,
-                Ok(_) => {}
-                Err(tungstenite::Error::Io(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    bail!("attach goes on after {:?}", began.elapsed());
-                }
-                Err(_) => break,
-            }
-        }
+        let (last, code) = ends(&mut opened.attached, left("attach")?).context("attach")?;
+        ensure!(last.contains("\"type\":\"error\"") && last.contains(why.1), "attach ended with {last:?}");
+        ensure!(code == Some(why.0), "attach was closed with {code:?}");
         let [direct, relayed] = &mut opened.shells;
         let children =
             [("events", &mut opened.events), ("logs", &mut opened.logs), ("ssh", direct), ("relayed ssh", relayed)];
@@ -142,6 +147,22 @@ impl Colleague {
             ensure!(!again.status.success(), "a new {path} ssh works");
         }
         Ok(self.loom(token, "direct", &["ssh", &self.weaver.id, "--", "true"]).output()?)
+    }
+}
+
+/// Waits until the server has ended a WebSocket: the last text on it, and the code that it was closed with.
+fn ends(socket: &mut WebSocket<TcpStream>, limit: Duration) -> Result<(String, Option<u16>)> {
+    let (began, mut last) = (Instant::now(), String::new());
+    loop {
+        let left = limit.checked_sub(began.elapsed()).context("it goes on")?;
+        socket.get_ref().set_read_timeout(Some(left))?;
+        match socket.read() {
+            Ok(Message::Text(text)) => text.as_str().clone_into(&mut last),
+            Ok(Message::Close(frame)) => return Ok((last, frame.map(|frame| frame.code.into()))),
+            Ok(_) => {}
+            Err(tungstenite::Error::Io(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => return Ok((last, None)),
+        }
     }
 }
 
@@ -163,10 +184,8 @@ fn a_revoked_token_ends_what_was_opened_with_it_and_nothing_else() -> Result<()>
     let token = made.body["token"].as_str().context("a token")?;
     let opened = colleague.open(token)?;
     let mut other = colleague.follow(&colleague.login, "events?follow=true")?;
-    let list = system.manage(&["token", "list", "--user", "ada"])?;
-    let row = list.lines().find(|line| line.contains("lost laptop")).context("the token's row")?;
-    system.manage(&["token", "revoke", row.split_whitespace().next().context("its number")?])?;
-    says(&colleague.all_ends(token, opened)?, "revoked")?;
+    colleague.revoke("lost laptop")?;
+    says(&colleague.all_ends(token, opened, UNAUTHORIZED)?, "revoked")?;
     assert!(other.try_wait()?.is_none(), "another token of the same user goes on");
     other.kill()?;
     other.wait()?;
@@ -208,7 +227,7 @@ fn an_expired_token_ends_what_was_opened_with_it() -> Result<()> {
     let opened = colleague.open(token)?;
     ensure!(Instant::now() < expires, "opening everything took longer than the token lives");
     eventually("the token to expire", TIMEOUT, || Ok((Instant::now() >= expires).then_some(())))?;
-    says(&colleague.all_ends(token, opened)?, "expired")
+    says(&colleague.all_ends(token, opened, UNAUTHORIZED)?, "expired")
 }
 
 #[test]
@@ -216,7 +235,7 @@ fn a_suspended_user_is_shut_out() -> Result<()> {
     let colleague = Colleague::new()?;
     let opened = colleague.open(&colleague.login)?;
     colleague.system.manage(&["user", "suspend", "ada"])?;
-    says(&colleague.all_ends(&colleague.login, opened)?, "suspended")
+    says(&colleague.all_ends(&colleague.login, opened, (3000, "suspended"))?, "suspended")
 }
 
 #[test]
@@ -227,7 +246,7 @@ fn a_removed_user_is_shut_out_and_the_weavers_in_the_personal_organisation_end()
     let own = Weaver { id: own.body["id"].as_str().context("an id")?.to_owned() };
     let opened = colleague.open(&colleague.login)?;
     system.manage(&["user", "remove", "ada"])?;
-    says(&colleague.all_ends(&colleague.login, opened)?, "revoked")?;
+    says(&colleague.all_ends(&colleague.login, opened, (3000, "removed"))?, "revoked")?;
     eventually("the personal weaver to be removed", TIMEOUT, || Ok((!system.has_left_something(&own)?).then_some(())))?;
     assert!(system.has_left_something(&colleague.weaver)?, "the organisation's weaver stays");
     Ok(())
@@ -238,7 +257,7 @@ fn an_ended_membership_shuts_out_of_the_organisations_weavers() -> Result<()> {
     let colleague = Colleague::new()?;
     let opened = colleague.open(&colleague.login)?;
     colleague.system.manage(&["org", "remove-member", "engines", "ada"])?;
-    says(&colleague.all_ends(&colleague.login, opened)?, "no weaver")?;
+    says(&colleague.all_ends(&colleague.login, opened, (3003, "member"))?, "no weaver")?;
     let me = colleague.system.request(Some(&colleague.login), "GET", "/api/me", None)?;
     assert_eq!(me.status, 200, "the token is still good");
     Ok(())
@@ -334,6 +353,121 @@ fn revoked_devices_stay_revoked_while_others_are_admitted() -> Result<()> {
     only_the_others()?;
     drop(open);
     system.stop()
+}
+
+#[test]
+fn loom_says_why_it_was_cut_off_and_what_to_do() -> Result<()> {
+    let colleague = Colleague::new()?;
+    let (login, weaver) = (&colleague.login, &colleague.weaver);
+    let mut attached = Terminal::spawn(&colleague.loom(login, "direct", &["attach", &weaver.id]))?;
+    attached.send("echo in-$((1+0))\r")?;
+    attached.expect("in-1", TIMEOUT)?;
+    let mut followers = Vec::new();
+    for (command, first) in [("logs", "in-1"), ("events", "ready")] {
+        let mut loom = colleague.loom(login, "direct", &[command, &weaver.id, "-f"]);
+        let mut child = loom.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut output = child.stdout.take().context("standard output")?;
+        let mut seen = Vec::new();
+        while !String::from_utf8_lossy(&seen).contains(first) {
+            let mut more = [0; 4096];
+            let length = output.read(&mut more)?;
+            ensure!(length > 0, "loom {command} ended with {}", String::from_utf8_lossy(&seen));
+            seen.extend_from_slice(&more[..length]);
+        }
+        followers.push((command, child, output));
+    }
+    colleague.revoke("tests")?;
+    let began = Instant::now();
+    assert_eq!(attached.wait(SOON)?.code(), Some(4));
+    attached.expect("error: the attach has ended: your token was revoked", TIMEOUT)?;
+    attached.expect("hint: log in again: loom login", TIMEOUT)?;
+    for (command, mut child, output) in followers {
+        let left = SOON.checked_sub(began.elapsed()).with_context(|| format!("loom {command} goes on"))?;
+        let status = eventually(&format!("loom {command} to end"), left, || Ok(child.try_wait()?))?;
+        drop(output);
+        let mut error = String::new();
+        child.stderr.take().context("standard error")?.read_to_string(&mut error)?;
+        ensure!(error.contains("revoked") && error.contains("loom login"), "loom {command} says {error:?}");
+        assert_eq!(status.code(), Some(4), "loom {command}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_logs_stream_that_the_server_cuts_does_not_look_complete() -> Result<()> {
+    let mut system = System::start()?;
+    let weaver = system.new_weaver(&["--", "sh", "-c", "echo begun; exec sleep 1000"])?;
+    let mut loom = system.loom(&["logs", &weaver.id, "-f"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut begun = [0; 5];
+    loom.stdout.as_mut().context("standard output")?.read_exact(&mut begun)?;
+    system.stop_server()?;
+    let output = loom.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    says(&output, "was cut off")?;
+    system.start_server()?;
+    system.stop()
+}
+
+#[test]
+fn what_an_agent_has_opened_ends_when_it_registers_anew() -> Result<()> {
+    let system = System::start()?;
+    let weaver = system.new_weaver(&[])?;
+    let mut agent = Agent::in_place_of_the_real_one(&system, &weaver)?;
+    let (mut link, mut relay) = (agent.connect()?, relay_place(&system, &agent)?);
+    // A stream, which it dials for somebody who attaches.
+    let (mut attached, mut stream) = thread::scope(|scope| -> Result<_> {
+        let attaching = scope.spawn(|| system.attach_socket(&weaver, Some("loom.attach.v2")));
+        let wanted = link.hear("open_stream")?;
+        let stream = agent.dial(wanted["stream"].as_str().context("a stream")?)?;
+        Ok((attaching.join().map_err(|_| anyhow::anyhow!("attaching"))??, stream))
+    })?;
+    let old = agent.token.clone();
+    agent.register("0.1.0")?;
+    let began = Instant::now();
+    let left = |what: &str| SOON.checked_sub(began.elapsed()).with_context(|| format!("{what} goes on"));
+    assert_eq!(ends(&mut relay, left("the relay")?).context("the relay")?.1, UNAUTHORIZED.0.into());
+    assert_eq!(ends(&mut stream, left("the stream")?).context("the stream")?.1, Some(1000));
+    // Whoever is attached comes back by way of the new one.
+    assert_eq!(ends(&mut attached, left("attach")?).context("attach")?.1, Some(1012));
+    link.ended()?;
+    left("the control link")?;
+    for path in ["/api/agent/control".to_owned(), format!("/api/relay?key={}", agent.keys.in_url())] {
+        let refused = system.request_with(Some(&old), "GET", &path, None, &UPGRADE)?;
+        assert_eq!((refused.status, refused.code()), (401, "unauthorized"), "{path}");
+    }
+    // What the new token opens stays.
+    let (mut link, mut relay) = (agent.connect()?, relay_place(&system, &agent)?);
+    ensure!(ends(&mut relay, SOON).is_err(), "the new place on the relay ended");
+    link.tell("cloning", "still here")?;
+    drop(link);
+    drop(agent);
+    system.stop()
+}
+
+#[test]
+fn an_agents_connections_end_with_its_weaver() -> Result<()> {
+    let system = System::start()?;
+    for (arguments, ends_itself) in [(&[][..], false), (&["--ttl", "8s"][..], true)] {
+        let weaver = system.new_weaver(arguments)?;
+        let agent = Agent::in_place_of_the_real_one(&system, &weaver)?;
+        let (link, mut relay) = (agent.connect()?, relay_place(&system, &agent)?);
+        if !ends_itself {
+            system.run(&["delete", "--yes", &weaver.id])?;
+        }
+        // Its deadline, or the deletion; a weaver gets some seconds to end in.
+        ends(&mut relay, TIMEOUT).with_context(|| format!("the relay's place of a weaver {arguments:?}"))?;
+        link.ended()?;
+        for path in ["/api/agent/control".to_owned(), format!("/api/relay?key={}", agent.keys.in_url())] {
+            let refused = system.request_with(Some(&agent.token), "GET", &path, None, &UPGRADE)?;
+            ensure!(refused.status >= 400, "{path}: {refused:?}");
+        }
+    }
+    system.stop()
+}
+
+/// The agent's place on the relay.
+fn relay_place(system: &System, agent: &Agent<'_>) -> Result<WebSocket<TcpStream>> {
+    system.web_socket(&agent.token, &format!("/api/relay?key={}", agent.keys.in_url()), Some("loom.relay.v1"))
 }
 
 /// A frame for the relay with one packet of `length` bytes (docs/protocols.md).

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::Context as _;
 use futures_util::{SinkExt as _, StreamExt as _, stream::SplitSink, stream::SplitStream};
 use loom_api::{
-    ErrorCode,
+    ApiError, ErrorCode,
     agent::{AgentMessage, StreamKind},
     attach::{MAX_FRAME, ServerControl},
     client::WebSocket,
@@ -61,7 +61,7 @@ async fn refuse(error: &HostError, mut sink: Sink, source: Source) -> anyhow::Re
         HostError::Refused(_) | HostError::Unreachable { .. } => ErrorCode::WeaverNotReady,
         _ => ErrorCode::Internal,
     };
-    let last = serde_json::to_string(&ServerControl::Error { code, message: error.to_string() })?;
+    let last = serde_json::to_string(&ServerControl::Error(ApiError::new(code, error.to_string())))?;
     sink.send(Message::Text(last.into())).await?;
     close(sink, source).await
 }

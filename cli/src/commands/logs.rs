@@ -7,6 +7,7 @@ use futures_util::StreamExt as _;
 use loom_api::{
     WeaverId,
     client::{Client, ClientError},
+    weaver::Weaver,
 };
 use tokio::time::timeout;
 
@@ -21,6 +22,8 @@ use crate::{
 const MAX_FINAL_OUTPUT: usize = 256 << 10;
 /// For fetching the output of an ended weaver.
 const FINAL_OUTPUT_TIMEOUT: Duration = Duration::from_secs(2);
+/// For asking the server why it cut the output off.
+const CUT_REASON_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Shows the main program's output, byte for byte.
 #[derive(Debug, clap::Args)]
@@ -41,11 +44,24 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let doing = format!("cannot show the output of {}", args.id);
     let query = if args.follow { "?follow=true" } else { "" };
     let path = format!("{}/logs{query}", super::weaver_path(&args.id)?);
-    let mut chunks = Box::pin(context.client()?.bytes(&path).await.doing(&doing)?);
+    let client = context.client()?;
+    let mut chunks = Box::pin(client.bytes(&path).await.doing(&doing)?);
     while let Some(chunk) = chunks.next().await {
-        output::bytes(&chunk.doing(&doing)?)?;
+        match chunk {
+            Ok(chunk) => output::bytes(&chunk)?,
+            Err(cut) => {
+                let error = why_cut(&client, &super::weaver_path(&args.id)?).await.unwrap_or(cut);
+                return Err(error).doing(format_args!("the output of {} was cut off", args.id));
+            }
+        }
     }
     Ok(Exit::OK)
+}
+
+/// Why the server has cut the output off, if it was because the user may no longer see it.
+async fn why_cut(client: &Client, weaver: &str) -> Option<ClientError> {
+    let asked = timeout(CUT_REASON_TIMEOUT, client.get::<Weaver>(weaver)).await.ok()?;
+    asked.err().filter(|error| error.code().is_some())
 }
 
 /// The last output of an ended weaver's program; empty if the server does not answer.

@@ -4,8 +4,6 @@
 //! An agent is not trusted: it runs beside a user's programs. It may write the kinds of events that are its own to tell,
 //! all that it says is bounded in length and rate, and none of it costs more the more weavers there are.
 
-use std::time::Duration;
-
 use anyhow::Context as _;
 use axum::{
     extract::{
@@ -22,18 +20,21 @@ use loom_api::{
 };
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use super::{auth::AgentCaller, body::Body, extract::Upgrade, tunnels::MAX_CANDIDATES};
+use super::{
+    auth::AgentCaller,
+    body::Body,
+    extract::Upgrade,
+    tunnels::MAX_CANDIDATES,
+    websocket::{Close, PING, SILENCE},
+};
 use crate::{
     problem::{Answer, Problem},
+    sessions::{LostRight, Session, SessionKind},
     state::AppState,
     store::GRANT_PAGE,
     weaver::{Agent, Ending, Event, Weaver},
 };
 
-/// Between two pings of an idle link: under the minute after which proxies cut it.
-const PING: Duration = Duration::from_secs(15);
-/// After so long without a word a link is dead.
-const SILENCE: Duration = Duration::from_secs(40);
 /// How much of a control link is read at once, in bytes: more than almost all messages have. Each link has a buffer of
 /// that size.
 const READ_BUFFER: usize = 4 << 10;
@@ -86,7 +87,7 @@ pub async fn register(State(app): State<AppState>, Body(request): Body<Register>
     responses((status = 101, description = "a WebSocket of control messages")), security(("bearer" = [])))]
 pub async fn control(
     State(app): State<AppState>,
-    AgentCaller(weaver): AgentCaller,
+    AgentCaller { weaver, principal }: AgentCaller,
     Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended());
@@ -94,10 +95,11 @@ pub async fn control(
         row.and_then(|row| row.agent).ok_or_else(|| Problem::new(ErrorCode::WeaverGone, "the weaver has ended"))?;
     // Refused rather than kept waiting: a link that waits would hold a connection.
     take_allowance(&app, weaver, LINK_COST)?;
+    let session = app.sessions.register(SessionKind::Agent, principal)?;
     let upgrade =
         upgrade.max_message_size(MAX_AGENT_MESSAGE).max_frame_size(MAX_AGENT_MESSAGE).read_buffer_size(READ_BUFFER);
     Ok(upgrade.on_upgrade(async move |socket| {
-        if let Err(error) = run_link(&app, weaver, agent, socket).await {
+        if let Err(error) = run_link(&app, weaver, agent, socket, &session).await {
             tracing::info!(%weaver, "control link: {error:#}");
         }
     }))
@@ -111,7 +113,13 @@ fn take_allowance(app: &AppState, weaver: WeaverId, cost: u32) -> Answer<()> {
     Err(Problem::new(ErrorCode::TooManyRequests, message).hint("try again in a few seconds"))
 }
 
-async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: WebSocket) -> anyhow::Result<()> {
+async fn run_link(
+    app: &AppState,
+    weaver: WeaverId,
+    agent: Agent,
+    mut socket: WebSocket,
+    session: &Session,
+) -> anyhow::Result<()> {
     let (serial, mut inbox) = app.agents.connect(weaver, agent.version);
     app.events.write(weaver, Event::new(EventKind::AgentConnected, "the agent has connected")).await;
     let result = async {
@@ -136,6 +144,7 @@ async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: We
                         _ => allowances.spend(weaver, 1),
                     }
                 }
+                lost = session.lost() => return refuse(&mut socket, lost).await,
                 // What is not read waits with the agent.
                 () = sleep(pause), if !pause.is_zero() => heard = Instant::now(),
                 _ = ping.tick() => {
@@ -154,6 +163,12 @@ async fn run_link(app: &AppState, weaver: WeaverId, agent: Agent, mut socket: We
         app.streams.lost(weaver);
     }
     result
+}
+
+/// Closes the link of a token that was replaced.
+async fn refuse(socket: &mut WebSocket, lost: LostRight) -> anyhow::Result<()> {
+    Close::Refused(lost.into()).tell(socket, None).await;
+    anyhow::bail!("its token was replaced")
 }
 
 async fn send(socket: &mut WebSocket, message: &ServerMessage) -> anyhow::Result<()> {

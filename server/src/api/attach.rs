@@ -7,10 +7,7 @@
 use std::{future::poll_fn, task::Poll, time::Duration};
 
 use axum::{
-    extract::{
-        Query, State,
-        ws::{CloseFrame, Message},
-    },
+    extract::{Query, State, ws::Message},
     response::Response,
 };
 use bytes::Bytes;
@@ -27,17 +24,13 @@ use super::{
     auth::UserCaller,
     extract::{Path, Upgrade},
     weavers::{find_running, or_gone},
+    websocket::{Close, PING, SILENCE},
 };
 use crate::{
     problem::{Answer, Problem},
     sessions::SessionKind,
     state::AppState,
 };
-
-/// WebSocket close code (RFC 6455 §7.4, IANA): the service restarts; come back.
-const SERVICE_RESTART: u16 = 1012;
-/// The program has ended, and nothing more comes.
-const NORMAL: u16 = 1000;
 
 /// Joins a weaver's main terminal.
 #[utoipa::path(get, path = "/api/weavers/{id}/attach", tag = "weavers", params(("id" = String, Path)),
@@ -62,11 +55,14 @@ pub async fn attach(
     Ok(upgrade.on_upgrade(async move |client| {
         let _attached = app.metrics.attached();
         let bridge = Bridge { translate: plain.then(Plain::default), patience: PATIENCE };
-        tokio::select! {
-            () = bridge.run(client, agent) => {}
-            () = session.ended() => {}
-            () = stopping.cancelled() => {} // both sockets close; the client comes back
-        }
+        let end = async {
+            tokio::select! {
+                lost = session.lost() => Close::Refused(lost.into()),
+                _ = agent.session.lost() => Close::Restart,
+                () = stopping.cancelled() => Close::Restart,
+            }
+        };
+        bridge.run(client, agent.socket, end).await;
     }))
 }
 
@@ -79,7 +75,7 @@ struct Patience {
     silence: Duration,
 }
 
-const PATIENCE: Patience = Patience { ping: Duration::from_secs(15), silence: Duration::from_secs(40) };
+const PATIENCE: Patience = Patience { ping: PING, silence: SILENCE };
 
 /// When a client was heard of last.
 struct LastHeard(Mutex<Instant>);
@@ -104,7 +100,8 @@ struct Bridge {
 }
 
 impl Bridge {
-    async fn run<C, A>(self, client: C, agent: A)
+    /// Until client or agent has gone, or `end` says why it must end.
+    async fn run<C, A>(self, client: C, agent: A, end: impl Future<Output = Close>)
     where
         C: Stream<Item = Result<Message, axum::Error>> + Sink<Message>,
         A: Stream<Item = Result<Message, axum::Error>> + Sink<Message>,
@@ -115,14 +112,18 @@ impl Bridge {
         let heard = LastHeard::now();
         let close = tokio::select! {
             () = upstream(from_client, &mut to_agent, plain, &heard, self.patience.silence) => None,
-            code = downstream(from_agent, &mut to_client, self.translate, &heard, self.patience.ping) => Some(code),
+            close = downstream(from_agent, &mut to_client, self.translate, &heard, self.patience.ping) => Some(close),
+            close = end => Some(close),
         };
-        // Closing frames are a courtesy; the other side may be gone.
-        let _ = to_agent.close().await;
-        if let Some(code) = close {
-            let frame = CloseFrame { code, reason: axum::extract::ws::Utf8Bytes::default() };
-            let _ = to_client.send(Message::Close(Some(frame))).await;
-        }
+        let tell_client = async {
+            let Some(close) = close else { return };
+            let last = match &close {
+                Close::Refused(error) if !plain => serde_json::to_string(&ServerControl::Error(error.clone())).ok(),
+                _ => None,
+            };
+            close.tell(&mut to_client, last.map(|text| Message::Text(text.into()))).await;
+        };
+        tokio::join!(Close::Done.tell(&mut to_agent, None), tell_client);
     }
 }
 
@@ -166,14 +167,14 @@ async fn upstream(
     }
 }
 
-/// From the agent to the client, until the agent has gone; the code to close with. Pings the client.
+/// From the agent to the client, until the agent has gone; how to close. Pings the client.
 async fn downstream(
     mut agent: impl Stream<Item = Result<Message, axum::Error>> + Unpin,
     client: &mut (impl Sink<Message> + Unpin),
     mut plain: Option<Plain>,
     heard: &LastHeard,
     ping: Duration,
-) -> u16 {
+) -> Close {
     let mut ended = false;
     let mut pings = interval_at(Instant::now() + ping, ping);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -190,7 +191,7 @@ async fn downstream(
         let Some(Ok(message)) = message else { break };
         if let Message::Text(text) = &message {
             let control = serde_json::from_str(text);
-            ended |= matches!(control, Ok(ServerControl::Exit { .. } | ServerControl::Error { .. }));
+            ended |= matches!(control, Ok(ServerControl::Exit { .. } | ServerControl::Error(_)));
         }
         let message = match (&mut plain, message) {
             (Some(plain), Message::Binary(bytes)) => Message::Text(plain.text(&bytes).into()),
@@ -202,7 +203,7 @@ async fn downstream(
             break;
         }
     }
-    if ended { NORMAL } else { SERVICE_RESTART }
+    if ended { Close::Done } else { Close::Restart }
 }
 
 /// Sends to the client. When that has to wait until the client takes some of what was sent before, it is a sign of life:
@@ -261,7 +262,7 @@ fn is_beginning(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::{pin::Pin, task::Context};
+    use std::{future::pending, pin::Pin, task::Context};
 
     use tokio::{sync::mpsc, time::timeout};
     use tokio_util::sync::{PollSendError, PollSender};
@@ -316,9 +317,10 @@ mod tests {
         let (client, _silent, _reads_nothing) = socket();
         let (agent, agent_says, mut agent_hears) = socket();
         let output = async { while agent_says.send(Message::Binary("output".into())).await.is_ok() {} };
-        let bridge = Bridge { translate: None, patience: SHORT }.run(client, agent);
+        let bridge = Bridge { translate: None, patience: SHORT }.run(client, agent, pending());
         timeout(Duration::from_secs(20), futures_util::future::join(bridge, output)).await.expect("it ends");
-        assert_eq!(agent_hears.recv().await, None, "the agent's side is closed");
+        assert!(matches!(agent_hears.recv().await, Some(Message::Close(_)) | None), "the agent's side is closed");
+        assert_eq!(agent_hears.recv().await, None);
     }
 
     #[tokio::test]
@@ -334,7 +336,7 @@ mod tests {
         };
         tokio::select! {
             () = answers => {}
-            () = Bridge { translate: None, patience: SHORT }.run(client, agent) => panic!("it was given up"),
+            () = Bridge { translate: None, patience: SHORT }.run(client, agent, pending()) => panic!("it was given up"),
         }
     }
 

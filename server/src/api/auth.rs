@@ -47,7 +47,12 @@ pub struct SignInCaller(pub UserCaller);
 pub struct EndingToken(pub UserId, pub i64);
 
 #[derive(Debug)]
-pub struct AgentCaller(pub WeaverId);
+pub struct AgentCaller {
+    /// The weaver.
+    pub weaver: WeaverId,
+    /// Whose a connection is that the agent opens.
+    pub principal: Principal,
+}
 
 /// The caller is either: the relay serves both.
 #[derive(Debug)]
@@ -59,7 +64,7 @@ pub enum Caller {
 impl UserCaller {
     /// Whose a connection is that the caller opens; it ends when the caller leaves `org`.
     pub const fn principal(&self, org: Option<OrgId>) -> Principal {
-        Principal { user: self.user.id, token: self.token.id, org, revision: self.token.revision }
+        Principal { user: Some(self.user.id), token: self.token.id, org, revision: self.token.revision }
     }
 
     /// Whether the caller belongs to an organisation.
@@ -103,7 +108,10 @@ fn user_caller(token: Token) -> Answer<Caller> {
             Err(Problem::new(ErrorCode::Unauthorized, format!("the user {} is suspended", user.name))
                 .hint("ask whoever runs the server"))
         }
-        TokenOwner::Agent(weaver) => Ok(Caller::Agent(AgentCaller(weaver))),
+        TokenOwner::Agent(weaver) => {
+            let principal = Principal { user: None, token: token.id, org: None, revision: token.revision };
+            Ok(Caller::Agent(AgentCaller { weaver, principal }))
+        }
     }
 }
 

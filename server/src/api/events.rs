@@ -1,6 +1,6 @@
 //! A weaver's events: those so far, or a stream of them.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     Json,
@@ -12,18 +12,15 @@ use axum::{
     },
 };
 use futures_util::{Stream, StreamExt as _};
-use loom_api::{ErrorCode, WeaverId, weaver::WeaverEvent};
+use loom_api::{ErrorBody, ErrorCode, WeaverId, weaver::WeaverEvent};
 use serde::Deserialize;
 
-use super::{auth::UserCaller, extract::Path, weavers::find};
+use super::{auth::UserCaller, extract::Path, weavers::find, websocket::PING};
 use crate::{
     problem::{Answer, Problem},
-    sessions::SessionKind,
+    sessions::{Session, SessionKind},
     state::AppState,
 };
-
-/// Between two comments on a quiet stream: under the minute after which proxies cut it.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What events are asked with.
 #[derive(Deserialize)]
@@ -41,7 +38,7 @@ pub struct EventsQuery {
 #[utoipa::path(get, path = "/api/weavers/{id}/events", tag = "weavers",
     params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "server-sent events, without an end"),
            ("after" = Option<i64>, Query, description = "only those after this number")),
-    responses((status = 200, body = Vec<WeaverEvent>), (status = "4XX", body = loom_api::ErrorBody)), security(("bearer" = [])))]
+    responses((status = 200, body = Vec<WeaverEvent>), (status = "4XX", body = ErrorBody)), security(("bearer" = [])))]
 pub async fn events(
     State(app): State<AppState>,
     caller: UserCaller,
@@ -58,9 +55,20 @@ pub async fn events(
     if !query.follow {
         return Ok(Json(app.store.events(weaver, after).await?).into_response());
     }
-    let session = app.sessions.register(SessionKind::Events, caller.principal(Some(row.org_id)))?;
-    let events = follow(app, weaver, after).take_until(async move { session.ended().await });
-    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+    let session = Arc::new(app.sessions.register(SessionKind::Events, caller.principal(Some(row.org_id)))?);
+    let lost = {
+        let session = Arc::clone(&session);
+        async move { session.lost().await }
+    };
+    let last = futures_util::stream::iter(std::iter::from_fn(move || last_event(&session)).take(1));
+    let events = follow(app, weaver, after).take_until(lost).chain(last);
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(PING)).into_response())
+}
+
+/// What a client is told whose right to the events is lost.
+fn last_event(session: &Session) -> Option<Result<Event, Infallible>> {
+    let error = session.has_lost()?.into();
+    Event::default().event("error").json_data(ErrorBody { error }).ok().map(Ok)
 }
 
 /// Events as they come, until the client goes or the server stops.

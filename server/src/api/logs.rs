@@ -1,12 +1,14 @@
 //! The output of a weaver's main program: from its agent while it runs, and what was kept of it afterwards.
 
+use std::io;
+
 use axum::{
     body::Body,
     extract::{Query, State, rejection::QueryRejection, ws::Message},
     http::header,
     response::{IntoResponse as _, Response},
 };
-use futures_util::StreamExt as _;
+use futures_util::{Stream, StreamExt as _, future::ready};
 use loom_api::{ErrorCode, agent::StreamKind};
 use serde::Deserialize;
 
@@ -17,7 +19,7 @@ use super::{
 };
 use crate::{
     problem::{Answer, Problem},
-    sessions::{Session, SessionKind},
+    sessions::SessionKind,
     state::AppState,
 };
 
@@ -49,23 +51,33 @@ pub async fn logs(
         let session = app.sessions.register(SessionKind::Logs, caller.principal(Some(row.org_id)))?;
         let opened = app.streams.open(row.id, StreamKind::Logs { follow: query.follow }).await;
         let agent = or_gone(&app, row.id, opened).await?;
-        // The stream ends where the agent closes it; a connection that is cut ends the same.
-        Body::from_stream(
-            agent
-                .filter_map(async |frame| match frame {
-                    Ok(Message::Binary(bytes)) => Some(Ok::<_, axum::Error>(bytes)),
-                    Ok(_) => None,
-                    Err(error) => Some(Err(error)),
-                })
-                .take_until(stopped(app, session)),
-        )
+        // The output ends where the agent closes the stream.
+        let output = agent.socket.filter_map(async |frame| match frame {
+            Ok(Message::Binary(bytes)) => Some(Ok(bytes)),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        });
+        let agent = agent.session;
+        // Where it is cut short, an error cuts the connection, so that it does not look like the output's end.
+        let cut = futures_util::stream::once(async move {
+            let reason = tokio::select! {
+                () = app.stopping.cancelled() => "the server stops",
+                _ = session.lost() => "the caller has lost the right to it",
+                _ = agent.lost() => "the agent's token was replaced",
+            };
+            Err(axum::Error::new(io::Error::other(reason)))
+        });
+        Body::from_stream(until_either_ends(output, cut))
     };
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
 
-async fn stopped(app: AppState, session: Session) {
-    tokio::select! {
-        () = app.stopping.cancelled() => {}
-        () = session.ended() => {}
-    }
+/// Items of both, until one of them has no more.
+fn until_either_ends<T>(one: impl Stream<Item = T>, other: impl Stream<Item = T>) -> impl Stream<Item = T> {
+    let (one, other) = (one.map(Some).chain(once(None)), other.map(Some).chain(once(None)));
+    futures_util::stream::select(one, other).take_while(|item| ready(item.is_some())).filter_map(ready)
+}
+
+fn once<T>(item: T) -> impl Stream<Item = T> {
+    futures_util::stream::once(ready(item))
 }

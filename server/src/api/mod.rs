@@ -22,6 +22,7 @@ mod status;
 pub mod streams;
 pub mod tunnels;
 pub mod weavers;
+pub mod websocket;
 
 use axum::{
     Json, Router,

@@ -14,7 +14,6 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::{Bytes, BytesMut};
 use futures_util::{
     SinkExt as _, StreamExt as _,
-    future::OptionFuture,
     stream::{SplitSink, SplitStream},
 };
 use loom_api::{ErrorCode, WireGuardKey};
@@ -23,21 +22,18 @@ use serde::Deserialize;
 use tokio::time::{Instant, interval};
 
 use super::{
-    auth::{AgentCaller, Caller},
+    auth::Caller,
     extract::Upgrade,
+    websocket::{Close, PING, SILENCE},
 };
 use crate::{
     problem::{Answer, Problem},
     relay::Connection,
-    sessions::{Session, SessionKind},
+    sessions::SessionKind,
     state::AppState,
     store::KeyOwner,
 };
 
-/// Between two pings of a connection: under the minute after which proxies cut it.
-const PING: Duration = Duration::from_secs(15);
-/// After so long without a word a connection is dead.
-const SILENCE: Duration = Duration::from_secs(40);
 /// Between two notices to one sender that a peer is absent.
 const ABSENT_NOTICE: Duration = Duration::from_secs(1);
 /// How much of a connection is read at once, in bytes. Each connection has a buffer of that size, busy or not.
@@ -68,10 +64,11 @@ pub async fn relay(
     if !owns(&app, &caller, key).await? {
         return Err(Problem::new(ErrorCode::Forbidden, "this WireGuard key is not the caller's"));
     }
-    let session = match &caller {
-        Caller::User(user) => Some(app.sessions.register(SessionKind::Relay, user.principal(None))?),
-        Caller::Agent(_) => None, // its connection ends with its weaver
+    let principal = match &caller {
+        Caller::User(user) => user.principal(None),
+        Caller::Agent(agent) => agent.principal,
     };
+    let session = app.sessions.register(SessionKind::Relay, principal)?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(frame::MAX_MESSAGE)
@@ -80,14 +77,24 @@ pub async fn relay(
         .write_buffer_size(frame::MAX_MESSAGE);
     Ok(upgrade.on_upgrade(async move |socket| {
         let connection = app.relay.connect(key);
-        let (sink, stream) = socket.split();
+        let (mut sink, stream) = socket.split();
+        let mut close = None;
         let result = tokio::select! {
             result = read(&app, key, &connection, stream) => result,
-            result = write(&connection, sink) => result,
-            () = app.stopping.cancelled() => Ok(()),
-            Some(()) = OptionFuture::from(session.as_ref().map(Session::ended)) => Ok(()),
+            result = write(&connection, &mut sink) => result,
+            () = app.stopping.cancelled() => {
+                close = Some(Close::Restart);
+                Ok(())
+            }
+            lost = session.lost() => {
+                close = Some(Close::Refused(lost.into()));
+                Ok(())
+            }
         };
         app.relay.disconnect(&key, &connection);
+        if let Some(close) = close {
+            close.tell(&mut sink, None).await;
+        }
         if let Err(error) = result {
             tracing::debug!("a relay connection ended: {error:#}");
         }
@@ -97,7 +104,7 @@ pub async fn relay(
 async fn owns(app: &AppState, caller: &Caller, key: WireGuardKey) -> Answer<bool> {
     let caller = match caller {
         Caller::User(user) => KeyOwner::User(user.user.id),
-        Caller::Agent(AgentCaller(weaver)) => KeyOwner::Weaver(*weaver),
+        Caller::Agent(agent) => KeyOwner::Weaver(agent.weaver),
     };
     Ok(app.store.key_owner(key).await? == Some(caller))
 }
@@ -136,7 +143,7 @@ async fn read(
 }
 
 /// Sends what waits for one connection, all of it before it is flushed.
-async fn write(connection: &Connection, mut sink: SplitSink<WebSocket, Message>) -> anyhow::Result<()> {
+async fn write(connection: &Connection, sink: &mut SplitSink<WebSocket, Message>) -> anyhow::Result<()> {
     let mut ping = interval(PING);
     loop {
         tokio::select! {

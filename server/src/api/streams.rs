@@ -9,7 +9,9 @@ use super::{
 };
 use crate::{
     problem::{Answer, Problem},
+    sessions::SessionKind,
     state::AppState,
+    streams::AgentStream,
 };
 
 /// A stream that an agent dials back.
@@ -17,13 +19,14 @@ use crate::{
     responses((status = 101, description = "a WebSocket with the stream's frames")), security(("bearer" = [])))]
 pub async fn dial_back(
     State(app): State<AppState>,
-    AgentCaller(weaver): AgentCaller,
+    caller: AgentCaller,
     Path(stream): Path<String>,
     Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
     let unknown = || Problem::new(ErrorCode::NotFound, "nobody waits for this stream");
     let stream = stream.parse().map_err(|_| unknown())?;
-    let wanted = app.streams.take(weaver, stream).ok_or_else(unknown)?;
+    let wanted = app.streams.take(caller.weaver, stream).ok_or_else(unknown)?;
+    let session = app.sessions.register(SessionKind::Agent, caller.principal)?;
     let upgrade = upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME);
-    Ok(upgrade.on_upgrade(async move |socket| wanted.arrived(socket)))
+    Ok(upgrade.on_upgrade(async move |socket| wanted.arrived(AgentStream { socket, session })))
 }

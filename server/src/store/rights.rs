@@ -20,17 +20,17 @@ impl Store {
         // One transaction reads one state of the database.
         let mut transaction = self.reader().begin().await?;
         let revision = sqlx::query_scalar("SELECT number FROM identity_revision").fetch_one(&mut *transaction).await?;
-        let tokens: Vec<i64> = sqlx::query_scalar(
-            "SELECT t.id FROM tokens t JOIN users u ON u.id = t.user_id WHERE u.suspended_at IS NULL",
-        )
-        .fetch_all(&mut *transaction)
-        .await?;
+        let tokens: Vec<i64> = sqlx::query_scalar("SELECT id FROM tokens").fetch_all(&mut *transaction).await?;
+        let suspended: Vec<String> = sqlx::query_scalar("SELECT id FROM users WHERE suspended_at IS NOT NULL")
+            .fetch_all(&mut *transaction)
+            .await?;
         let memberships: Vec<(String, String)> =
             sqlx::query_as("SELECT user_id, org_id FROM memberships").fetch_all(&mut *transaction).await?;
         let memberships = memberships.iter().map(|(user, org)| Ok((parsed(user)?, parsed(org)?)));
         Ok(Rights {
             revision,
             tokens: tokens.into_iter().collect(),
+            suspended: suspended.iter().map(|user| parsed(user)).collect::<sqlx::Result<_>>()?,
             memberships: memberships.collect::<sqlx::Result<_>>()?,
         })
     }
@@ -111,7 +111,7 @@ mod tests {
         assert!(entitled().await);
         store.suspend_user("ada").await.expect("suspended");
         assert!(!entitled().await);
-        assert!(!store.rights().await.expect("read").tokens.contains(&token));
+        assert!(store.rights().await.expect("read").suspended.contains(&user));
         store.resume_user("ada").await.expect("resumed");
         assert!(entitled().await);
         assert!(store.rights().await.expect("read").memberships.contains(&(user, org)));

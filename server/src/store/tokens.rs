@@ -106,11 +106,11 @@ impl Store {
         Ok(token)
     }
 
-    /// Makes the token of a weaver's agent; the one it had before ends.
+    /// Makes the token of a weaver's agent; the one it had before ends, with all that was opened with it.
     pub async fn replace_agent_token(&self, weaver: WeaverId) -> sqlx::Result<Secret> {
         let token = new_token();
         let mut transaction = self.begin_write().await?;
-        sqlx::query("DELETE FROM tokens WHERE weaver_id = ?")
+        let replaced = sqlx::query("DELETE FROM tokens WHERE weaver_id = ?")
             .bind(weaver.to_string())
             .execute(&mut *transaction)
             .await?;
@@ -120,6 +120,9 @@ impl Store {
             .bind(millis(Timestamp::now()))
             .execute(&mut *transaction)
             .await?;
+        if replaced.rows_affected() > 0 {
+            advance_revision(&mut transaction).await?;
+        }
         transaction.commit().await?;
         Ok(token)
     }

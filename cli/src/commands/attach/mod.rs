@@ -439,7 +439,7 @@ impl Attachment<'_> {
         {
             return Ok(code);
         }
-        Err(CliError::from(error).doing("cannot attach"))
+        Err(CliError::from(error).doing(if self.drawn.get() { "the attach has ended" } else { "cannot attach" }))
     }
 
     /// Starts a new line for the final message, if necessary.

@@ -125,7 +125,7 @@ impl Session {
             }
             ServerControl::Expiring { seconds } => SessionEvent::Expiring(seconds),
             ServerControl::Exit { code } => SessionEvent::Exited(code),
-            ServerControl::Error { code, message } => SessionEvent::Refused(loom_api::ApiError::new(code, message)),
+            ServerControl::Error(error) => SessionEvent::Refused(error),
             ServerControl::Resize { .. } | ServerControl::Presence { .. } => SessionEvent::Nothing,
         }
     }

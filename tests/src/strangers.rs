@@ -15,6 +15,8 @@ use crate::system::TIMEOUT;
 
 /// Connections that one address makes at once during an attack.
 const FLOOD: usize = 500;
+/// The lowest priority: strangers have machines of their own, and take no time from the server's and the user's.
+const NICE: i32 = 19;
 /// Connections a second that come from as many addresses.
 const PER_SECOND: u32 = 36;
 
@@ -72,8 +74,12 @@ pub fn attack(
     let start = Instant::now();
     let open = |address, number| open(&Stranger { server, address, number });
     thread::scope(|scope| {
-        let flood = scope.spawn(|| (0..FLOOD).flat_map(|number| open(Ipv4Addr::new(127, 0, 0, 66), number)).collect());
+        let flood = scope.spawn(|| {
+            yield_to_others();
+            (0..FLOOD).flat_map(|number| open(Ipv4Addr::new(127, 0, 0, 66), number)).collect()
+        });
         let many = scope.spawn(|| {
+            yield_to_others();
             let mut streams = Vec::new();
             for number in 0.. {
                 let next = start + Duration::from_secs(1) * number / PER_SECOND;
@@ -93,6 +99,12 @@ pub fn attack(
         streams.extend(many.join().unwrap_or_default());
         Ok(streams)
     })
+}
+
+/// Gives this thread, on Linux not the process, the lowest priority.
+fn yield_to_others() {
+    // If that fails, the attack is only more of a burden.
+    let _ = rustix::process::setpriority_process(None, NICE);
 }
 
 /// Whether the server has closed a connection, whatever it said before.

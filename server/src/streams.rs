@@ -20,6 +20,8 @@ use crate::{
 const DIAL_BACK: Duration = Duration::from_secs(10);
 /// Streams that may wait for their agents, in all.
 const MAX_PENDING: usize = 4096;
+/// The same for one agent: one that does not answer keeps no other's streams out.
+const MAX_PENDING_PER_AGENT: usize = 256;
 
 /// Streams that were asked for and have not come yet.
 pub struct Streams {
@@ -79,7 +81,8 @@ impl Streams {
         let (arrived, wait) = oneshot::channel();
         {
             let mut pending = self.pending();
-            if pending.len() >= MAX_PENDING {
+            let of_agent = pending.values().filter(|entry| entry.weaver == weaver).count();
+            if pending.len() >= MAX_PENDING || of_agent >= MAX_PENDING_PER_AGENT {
                 return Err(StreamError::TooMany);
             }
             pending.insert(stream, Pending { weaver, arrived });

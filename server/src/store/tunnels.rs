@@ -299,20 +299,22 @@ impl Store {
         row.map(live_grant).transpose()
     }
 
-    /// All keys that may talk to each other.
+    /// All keys that may talk to each other, as far as their rows can be read.
     pub async fn pairs(&self) -> sqlx::Result<Vec<Pair>> {
-        let rows: Vec<(String, String, i64)> = sqlx::query_as(
-            "SELECT w.wireguard_key, g.public_key, w.expires_at FROM grants g JOIN weavers w ON w.id = g.weaver_id \
+        let rows: Vec<(String, String, String, i64)> = sqlx::query_as(
+            "SELECT w.id, w.wireguard_key, g.public_key, w.expires_at FROM grants g JOIN weavers w ON w.id = g.weaver_id \
              WHERE w.ended_at IS NULL AND w.wireguard_key IS NOT NULL AND w.expires_at > ?",
         )
         .bind(millis(Timestamp::now()))
         .fetch_all(self.reader())
         .await?;
-        rows.into_iter()
-            .map(|(agent, device, expires_at)| {
-                Ok(Pair { agent: parsed(&agent)?, device: parsed(&device)?, expires_at: timestamp(expires_at)? })
-            })
-            .collect()
+        let pair = |agent: &str, device: &str, expires_at| {
+            Ok(Pair { agent: parsed(agent)?, device: parsed(device)?, expires_at: timestamp(expires_at)? })
+        };
+        let readable = rows.into_iter().filter_map(|(weaver, agent, device, expires_at)| {
+            weavers::unless_unreadable(&weaver, pair(&agent, &device, expires_at))
+        });
+        Ok(readable.collect())
     }
 }
 

@@ -18,6 +18,7 @@ use crate::{
     reconcile::queue::{Lane, Stage},
     weaver::{Event, Weaver},
 };
+pub(super) use row::unless_unreadable;
 use row::{RawWeaver, columns, readable, readable_json, select_many_weavers, select_weavers};
 
 /// The most bytes of a main program's output that are kept.
@@ -143,11 +144,11 @@ impl Store {
             .await
     }
 
-    /// All weavers that have not ended.
+    /// All weavers that have not ended, as far as their rows can be read.
     pub async fn live_weavers(&self) -> sqlx::Result<Vec<WeaverId>> {
         let ids: Vec<String> =
             sqlx::query_scalar("SELECT id FROM weavers WHERE ended_at IS NULL").fetch_all(self.reader()).await?;
-        ids.iter().map(|id| parsed(id)).collect()
+        Ok(ids.iter().filter_map(|id| unless_unreadable(id, parsed(id))).collect())
     }
 
     /// Where the next step of a weaver is to wait. Only an order of work depends on it, so a failure is no error.
@@ -168,21 +169,19 @@ impl Store {
         Lane { organisation: parsed(&organisation).ok(), stage }
     }
 
-    /// The deadlines of all weavers that have not ended.
+    /// The deadlines of all weavers that have not ended, as far as their rows can be read.
     pub async fn deadlines(&self) -> sqlx::Result<Vec<Deadline>> {
         let rows: Vec<(String, i64, i64)> =
             sqlx::query_as("SELECT id, created_at, expires_at FROM weavers WHERE ended_at IS NULL")
                 .fetch_all(self.reader())
                 .await?;
-        rows.into_iter()
-            .map(|(id, created_at, expires_at)| {
-                Ok(Deadline {
-                    weaver: parsed(&id)?,
-                    created_at: timestamp(created_at)?,
-                    expires_at: timestamp(expires_at)?,
-                })
-            })
-            .collect()
+        let deadline = |id: &str, created_at, expires_at| {
+            Ok(Deadline { weaver: parsed(id)?, created_at: timestamp(created_at)?, expires_at: timestamp(expires_at)? })
+        };
+        let readable = rows
+            .into_iter()
+            .filter_map(|(id, created_at, expires_at)| unless_unreadable(&id, deadline(&id, created_at, expires_at)));
+        Ok(readable.collect())
     }
 
     /// Changes a weaver by a transition of its life, and writes it with the event that the transition returns.

@@ -106,9 +106,14 @@ pub(in crate::store) async fn write(transaction: &mut Transaction<'_, Sqlite>, w
 pub(super) fn readable(rows: Vec<RawWeaver>) -> Vec<Weaver> {
     let weavers = rows.into_iter().filter_map(|raw| {
         let id = raw.id.clone();
-        Weaver::try_from(raw).inspect_err(|error| tracing::error!(weaver = id, "its row cannot be read: {error}")).ok()
+        unless_unreadable(&id, Weaver::try_from(raw))
     });
     weavers.collect()
+}
+
+/// What was read of a weaver's row. A row that cannot be read is logged, and left out of the list that it is for.
+pub(in crate::store) fn unless_unreadable<T>(weaver: &str, read: sqlx::Result<T>) -> Option<T> {
+    read.inspect_err(|error| tracing::error!(weaver, "its row cannot be read: {error}")).ok()
 }
 
 impl EndedBy {
@@ -255,7 +260,8 @@ mod tests {
         let owner = user(&store).await;
         let (good, bad) = (added(&store, owner, None).await.id, added(&store, owner, None).await.id);
         for damage in [
-            "status = 'Dancing'",
+            "expires_at = 9223372036854775807",
+            "expires_at = created_at, status = 'Dancing'",
             "status = 'Running', exit_code = 1",
             "status = 'Failed', ended_at = 1, ended_by = 'itself', exit_code = 99999999999",
             "status = 'Succeeded', ended_at = 1, ended_by = 'itself', exit_code = 1",
@@ -271,6 +277,9 @@ mod tests {
             let page = Page { with_removed: true, before: None, limit: 10 };
             let listed = store.weavers_of(owner.1, page).await.expect("listed");
             assert_eq!(listed.into_iter().map(|weaver| weaver.id).collect::<Vec<_>>(), [good], "{damage}");
+            assert!(store.live_weavers().await.expect("listed").contains(&good), "{damage}");
+            let deadlines = store.deadlines().await.expect("listed");
+            assert!(deadlines.iter().any(|deadline| deadline.weaver == good), "{damage}");
         }
     }
 }

@@ -7,6 +7,7 @@
 
 use std::{
     fs::{self, File, TryLockError},
+    net::SocketAddr,
     os::unix::fs::DirBuilderExt as _,
     path::Path,
     sync::Arc,
@@ -14,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use loom_api::WeaverId;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -73,26 +75,10 @@ impl App {
         let listener = Listener::bind(config.listen, config.tls.as_ref(), &config.listener, metrics.refusals.clone())
             .context("is another server running there?")?;
         let address = listener.address();
-        let url = match (&config.public_url, &config.tls) {
-            (Some(url), _) => url.clone(),
-            (None, Some(_)) => format!("https://{address}"),
-            (None, None) => format!("http://{address}"),
-        };
-        // A certificate is for the public name.
-        let own_url = if config.tls.is_some() { url.clone() } else { format!("http://{address}") };
+        let url = public_url(&config, address);
 
         let (changes, changed) = mpsc::channel(QUEUE_SIZE);
-        let provisioner: Arc<dyn Provisioner> = match &config.backend {
-            Backend::Local(local) => {
-                Arc::new(Local::start(local, own_url, config.tls.as_ref(), changes.clone()).await?)
-            }
-            Backend::Kubernetes(kubernetes) => {
-                Arc::new(Kubernetes::start(kubernetes.clone(), &metrics.kubernetes_requests, changes.clone()).await?)
-            }
-        };
-        for warning in provisioner.warnings() {
-            tracing::warn!("{} backend: {warning}", provisioner.name());
-        }
+        let provisioner = start_backend(&config, address, &metrics, changes.clone()).await?;
         let (agents, relay) = (Arc::new(Hub::default()), Arc::new(Relay::default()));
         let events = Events::new(store.clone(), Arc::clone(&metrics));
         let admission = Admission::start(store.clone(), Arc::clone(&agents), Arc::clone(&relay), Arc::clone(&secrets));
@@ -151,9 +137,7 @@ impl App {
             // Probes are answered until the end.
             tasks.spawn(listener.serve(api::metrics::router(state.clone()), CancellationToken::new()));
         }
-        let temporary = listen_file.with_extension("new");
-        fs::write(&temporary, address.to_string())?;
-        fs::rename(&temporary, &listen_file)?;
+        write_whole(&listen_file, &address.to_string())?;
         tracing::info!(%address, data = %state.config.data_dir.display(), backend = state.provisioner.name(), "serving");
         Ok(Self { state, listener, tasks, data_lock })
     }
@@ -208,4 +192,44 @@ fn lock(data: &Path) -> Result<File> {
         Err(TryLockError::Error(error)) => tracing::warn!("{} cannot be locked: {error}", data.display()),
     }
     Ok(directory)
+}
+
+/// Where people and agents reach the server.
+fn public_url(config: &Config, address: SocketAddr) -> String {
+    match (&config.public_url, &config.tls) {
+        (Some(url), _) => url.clone(),
+        (None, Some(_)) => format!("https://{address}"),
+        (None, None) => format!("http://{address}"),
+    }
+}
+
+/// Starts what runs weavers; `changes` gets each weaver that has changed there.
+async fn start_backend(
+    config: &Config,
+    address: SocketAddr,
+    metrics: &Metrics,
+    changes: mpsc::Sender<WeaverId>,
+) -> Result<Arc<dyn Provisioner>> {
+    let provisioner: Arc<dyn Provisioner> = match &config.backend {
+        Backend::Local(local) => {
+            let tls = config.tls.as_ref();
+            // A certificate is for the public name.
+            let url = if tls.is_some() { public_url(config, address) } else { format!("http://{address}") };
+            Arc::new(Local::start(local, url, tls, changes).await?)
+        }
+        Backend::Kubernetes(kubernetes) => {
+            Arc::new(Kubernetes::start(kubernetes.clone(), &metrics.kubernetes_requests, changes).await?)
+        }
+    };
+    for warning in provisioner.warnings() {
+        tracing::warn!("{} backend: {warning}", provisioner.name());
+    }
+    Ok(provisioner)
+}
+
+/// Writes a file so that whoever reads it finds all of it.
+fn write_whole(path: &Path, content: &str) -> Result<()> {
+    let temporary = path.with_extension("new");
+    fs::write(&temporary, content)?;
+    Ok(fs::rename(&temporary, path)?)
 }

@@ -68,8 +68,17 @@ impl App {
             .create(&config.data_dir)
             .with_context(|| format!("making {}", config.data_dir.display()))?;
         let data_lock = lock(&config.data_dir)?;
-        let secrets = Arc::new(Secrets::load(&config.data_dir.join("secret.key"))?);
-        let store = Store::open(&config.data_dir.join("loom.db")).await?;
+        let (secret, database) = (config.data_dir.join("secret.key"), config.data_dir.join("loom.db"));
+        if database.exists() && !secret.exists() {
+            bail!(
+                "{} is missing, and {} was written with it: put it back from a backup, or move the database away to \
+                 begin anew",
+                secret.display(),
+                database.display()
+            );
+        }
+        let secrets = Arc::new(Secrets::load(&secret)?);
+        let store = Store::open(&database).await?;
         sign_in::make_first_user(&store, &config.data_dir).await?;
         let metrics = Arc::new(Metrics::default());
         let listener = Listener::bind(config.listen, config.tls.as_ref(), &config.listener, metrics.refusals.clone())

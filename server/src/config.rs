@@ -7,6 +7,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -78,10 +79,11 @@ struct ServerSettings {
     max_weavers_per_user: Option<u32>,
     /// Limit of open terminals, event streams, log streams and relay connections, each, of one user. [default: 1000]
     #[arg(long, env = "LOOM_SERVER_MAX_USER_CONNECTIONS", value_name = "N", global = true)]
-    max_user_connections: Option<u32>,
-    /// The same limit for all members of an organisation together. [default: 5000]
+    max_user_connections: Option<NonZeroU32>,
+    /// The same for the weavers of one organisation, relay connections left out: a device has one for all its weavers.
+    /// [default: 5000]
     #[arg(long, env = "LOOM_SERVER_MAX_ORG_CONNECTIONS", value_name = "N", global = true)]
-    max_org_connections: Option<u32>,
+    max_org_connections: Option<NonZeroU32>,
     /// Seconds between two sweeps for weavers whose timer was missed. [default: 60]
     #[arg(long, env = "LOOM_SERVER_WEAVER_CLEANUP_INTERVAL_SECS", value_name = "SECONDS", global = true)]
     weaver_cleanup_interval_secs: Option<u64>,
@@ -209,8 +211,8 @@ impl Settings {
             resources,
             max_weavers: server.max_weavers.unwrap_or(100),
             session_limits: sessions::Limits {
-                per_user: server.max_user_connections.unwrap_or(1000) as usize,
-                per_org: server.max_org_connections.unwrap_or(5000) as usize,
+                per_user: server.max_user_connections.map_or(1000, NonZeroU32::get) as usize,
+                per_org: server.max_org_connections.map_or(5000, NonZeroU32::get) as usize,
             },
             login_life: SignedDuration::from_hours(24 * i64::from(login_days)),
             max_weavers_per_user: server.max_weavers_per_user.or(server.max_weavers).unwrap_or(100),
@@ -321,6 +323,7 @@ mod tests {
         for url in ["loom.example", "ftp://loom.example", "https://", ""] {
             assert!(error(&["--public-url", url], "").contains("public-url"), "{url}");
         }
+        assert!(error(&[], "max-user-connections = 0").contains("max-user-connections"));
         assert!(error(&[], "kubernetes-tolerations = 3").contains("kubernetes-tolerations"));
     }
 

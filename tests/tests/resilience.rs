@@ -2,7 +2,7 @@
 
 use std::{fs, process::Stdio, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use loom_tests::{
     System, eventually,
     system::{BACKEND, TIMEOUT},
@@ -34,14 +34,34 @@ fn a_killed_server_breaks_neither_ssh_nor_attach() -> Result<()> {
     system.stop()
 }
 
+/// What a further server says that refuses to start on the data of a [`System`].
+fn refusal_to_start(system: &System) -> Result<String> {
+    let mut server = system.program("timeout");
+    server.arg("20").arg(System::binary("loom-server")?).args(["--listen", "127.0.0.1:0", "--data-dir"]);
+    let output = server.arg(system.path("data")).output()?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(1), "{error}");
+    Ok(error)
+}
+
+#[test]
+fn a_server_that_has_lost_its_secret_does_not_go_on_with_another() -> Result<()> {
+    let mut system = System::start()?;
+    system.stop_server()?;
+    let (secret, aside) = (system.path("data/secret.key"), system.path("data/aside.key"));
+    fs::rename(&secret, &aside)?;
+    let error = refusal_to_start(&system)?;
+    assert!(error.contains("secret.key is missing") && !secret.exists(), "{error}");
+    fs::rename(&aside, &secret)?;
+    system.start_server()?;
+    system.stop()
+}
+
 #[test]
 fn a_second_server_keeps_off_the_data_of_the_first() -> Result<()> {
     let mut system = System::start()?;
-    let mut second = system.program("timeout");
-    second.arg("20").arg(System::binary("loom-server")?).args(["--listen", "127.0.0.1:0", "--data-dir"]);
-    let output = second.arg(system.path("data")).output()?;
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.code() == Some(1) && error.contains("another server runs on"), "{error}");
+    let error = refusal_to_start(&system)?;
+    assert!(error.contains("another server runs on"), "{error}");
     system.kill_server()?;
     system.start_server()?;
     system.stop()

@@ -156,25 +156,40 @@ fn lifetime(hours: f64) -> Answer<SignedDuration> {
         .hint(format!("choose more than 0 and at most {MAX_LIFETIME_HOURS}")))
 }
 
-/// A name as in the OCI distribution specification: `[host[:port]/]path[:tag][@digest]`.
-fn check_image(app: &AppState, image: &str) -> Answer<()> {
-    let reference = image.split_once('@').map_or(image, |(reference, _)| reference);
-    let good_part = |part: &str| {
-        !part.is_empty()
-            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-:".contains(&byte))
-            && part.starts_with(|first: char| first.is_ascii_alphanumeric())
+/// Whether this is a name as in the OCI distribution specification: `[host[:port]/]path[:tag][@sha256:digest]`.
+fn is_image(name: &str) -> bool {
+    let is_part = |part: &str| {
+        part.starts_with(|first: char| first.is_ascii_alphanumeric())
+            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
     };
-    let path = reference.rsplit_once('/').map_or(reference, |(_, last)| last);
-    let lower = path.split_once(':').map_or(path, |(name, _)| name);
-    let good = image.len() <= MAX_IMAGE
-        && reference.split('/').all(good_part)
-        && !lower.bytes().any(|byte| byte.is_ascii_uppercase())
-        && image.split_once('@').is_none_or(|(_, digest)| {
+    let is_lower = |part: &str| !part.bytes().any(|byte| byte.is_ascii_uppercase());
+    let (reference, digest) =
+        name.split_once('@').map_or((name, None), |(reference, digest)| (reference, Some(digest)));
+    let (path, last) = reference.rsplit_once('/').map_or((None, reference), |(path, last)| (Some(path), last));
+    let (last, tag) = last.split_once(':').map_or((last, None), |(last, tag)| (last, Some(tag)));
+    let (host, middle) = path.map_or((None, None), |path| {
+        path.split_once('/').map_or((Some(path), None), |(host, middle)| (Some(host), Some(middle)))
+    });
+    let is_host = |host: &str| {
+        let (host, port) = host.split_once(':').map_or((host, None), |(host, port)| (host, Some(port)));
+        is_part(host) && port.is_none_or(|port| port.parse::<u16>().is_ok())
+    };
+    name.len() <= MAX_IMAGE
+        && host.is_none_or(is_host)
+        && middle.is_none_or(|middle| middle.split('/').all(|part| is_part(part) && is_lower(part)))
+        && is_part(last)
+        && is_lower(last)
+        // A tag may begin with `_`, too.
+        && tag.is_none_or(|tag| tag.len() <= 128 && is_part(tag.strip_prefix('_').unwrap_or(tag)))
+        && digest.is_none_or(|digest| {
             digest
                 .strip_prefix("sha256:")
                 .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()))
-        });
-    if !good {
+        })
+}
+
+fn check_image(app: &AppState, image: &str) -> Answer<()> {
+    if !is_image(image) {
         return Err(Problem::new(
             ErrorCode::InvalidImage,
             format!("{:?} is not the name of an image", image.chars().take(100).collect::<String>()),
@@ -455,6 +470,39 @@ pub(crate) fn show(row: &Weaver, app: &AppState) -> shown::Weaver {
 mod tests {
     use super::*;
     use crate::weaver::{Ending, tests::pending};
+
+    #[test]
+    fn names_of_images_are_told_from_what_looks_like_them() {
+        let digest = format!("sha256:{}", "0".repeat(64));
+        for name in ["python", "python:3.12", "team/app:V1", "r.example:5000/a/b:_x", "LOCAL/a", &format!("a@{digest}")]
+        {
+            assert!(is_image(name), "{name}");
+        }
+        for name in [
+            "",
+            ":",
+            "a:",
+            "a:b:c",
+            "a/b:c/d",
+            "a:1/b:2:3",
+            "h:port/a",
+            "h:99999/a",
+            "Python",
+            "a/B/c",
+            "a//b",
+            "/a",
+            "a/",
+            "-a",
+            "a b",
+            "a@sha256:0",
+            "a@sha1:0",
+            "a@",
+            "a:b@",
+            "é",
+        ] {
+            assert!(!is_image(name), "{name}");
+        }
+    }
 
     #[test]
     fn what_could_be_the_beginning_of_an_id_is_no_name() {

@@ -121,12 +121,13 @@ async fn run_link(
     session: &Session,
 ) -> anyhow::Result<()> {
     let (serial, mut inbox) = app.agents.connect(weaver, agent.version);
-    app.events.write(weaver, Event::new(EventKind::AgentConnected, "the agent has connected")).await;
     let result = async {
         // Read again, now that what changes is told on this link.
         let row = app.store.weaver(weaver).await?.filter(|row| !row.has_ended()).context("the weaver has ended")?;
         welcome(app, &row, &agent.wireguard_key, &mut socket).await?;
         send(&mut socket, &ServerMessage::Deadline { expires_at: row.expires_at }).await?;
+        // After the welcome: where a thousand come back at once, none waits in the line of those who write.
+        app.events.write(weaver, Event::new(EventKind::AgentConnected, "the agent has connected")).await;
         let (mut ping, mut heard) = (interval(PING), Instant::now());
         let allowances = &app.agents.allowances;
         loop {

@@ -341,7 +341,7 @@ impl Reconciler {
     async fn transition(
         &self,
         weaver: WeaverId,
-        change: impl FnOnce(&mut Weaver) -> Result<Event, Unchanged>,
+        change: impl Fn(&mut Weaver) -> Result<Event, Unchanged>,
     ) -> Result<bool> {
         match self.store.transition(weaver, |row| change(row).map(Some)).await? {
             Transition::Done(_, event) => {

@@ -185,11 +185,18 @@ impl Store {
     }
 
     /// Changes a weaver by a transition of its life, and writes it with the event that the transition returns.
+    ///
+    /// It is tried on what a reader sees first: agents state every half minute what is written already, and a thousand
+    /// of them must not queue for the one writer to be told so.
     pub async fn transition<R>(
         &self,
         id: WeaverId,
-        change: impl FnOnce(&mut Weaver) -> Result<Option<Event>, R>,
+        change: impl Fn(&mut Weaver) -> Result<Option<Event>, R>,
     ) -> sqlx::Result<Transition<R>> {
+        let Some(mut seen) = self.weaver(id).await? else { return Ok(Transition::NoSuchWeaver) };
+        if let Err(refusal) = change(&mut seen) {
+            return Ok(Transition::Refused(seen, refusal));
+        }
         let mut transaction = self.begin_write().await?;
         let Some(mut weaver) = read(&mut transaction, id).await? else { return Ok(Transition::NoSuchWeaver) };
         let event = match change(&mut weaver) {
@@ -260,6 +267,17 @@ pub(crate) mod tests {
         let ending = Ending::Exited { code: 3, out_of_memory: false };
         let done = store.transition(id, |weaver| weaver.ended(now, &ending).map(Some)).await.expect("written");
         assert!(matches!(done, Transition::Done(..)), "{done:?}");
+    }
+
+    #[tokio::test]
+    async fn what_changes_nothing_does_not_wait_for_the_writer() {
+        let (_directory, store) = temporary().await;
+        let id = added(&store, user(&store).await, None).await.id;
+        let runs = |weaver: &mut Weaver| weaver.ran().map(Some);
+        assert!(matches!(store.transition(id, runs).await.expect("written"), Transition::Done(..)));
+        let _writer = store.begin_write().await.expect("begun");
+        let again = tokio::time::timeout(std::time::Duration::from_secs(10), store.transition(id, runs)).await;
+        assert!(matches!(again.expect("at once").expect("read"), Transition::Refused(..)));
     }
 
     #[tokio::test]

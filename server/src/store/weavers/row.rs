@@ -233,7 +233,7 @@ mod tests {
         let now = Timestamp::from_millisecond(1_700_000_000_000).expect("a time");
         let image = ResolvedImage { pinned: "image@sha256:00".to_owned(), command: vec!["run".to_owned()] };
         let key = loom_api::WireGuardKey([7; 32]);
-        type Step<'a> = Box<dyn FnOnce(&mut Weaver) -> Result<Option<Event>, Unchanged> + 'a>;
+        type Step<'a> = Box<dyn Fn(&mut Weaver) -> Result<Option<Event>, Unchanged> + 'a>;
         let steps: Vec<Step<'_>> = vec![
             Box::new(|weaver| weaver.waits("no node fits").map(Some)),
             Box::new(|weaver| weaver.image_resolved(&image).map(|()| None)),

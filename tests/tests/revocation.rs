@@ -105,7 +105,7 @@ impl Colleague {
         let shells = ["direct", "relayed"].map(|path| {
             self.loom(token, path, &["ssh", &self.weaver.id, "--", "sh", "-c", &format!("'{}'", script(path))])
                 .stdout(Stdio::null())
-                .stderr(Stdio::null())
+                .stderr(Stdio::piped())
                 .spawn()
         });
         let [direct, relayed] = shells;
@@ -137,6 +137,11 @@ impl Colleague {
             [("events", &mut opened.events), ("logs", &mut opened.logs), ("ssh", direct), ("relayed ssh", relayed)];
         for (what, child) in children {
             eventually(&format!("{what} to end"), left(what)?, || Ok(child.try_wait()?))?;
+        }
+        for shell in &mut opened.shells {
+            let mut said = String::new();
+            shell.stderr.take().context("standard error")?.read_to_string(&mut said)?;
+            ensure!(said.contains("the connection was lost: "), "ssh does not say why: {said:?}");
         }
         for path in ["direct", "relayed"] {
             let what = format!("the program of the {path} shell to end");

@@ -43,7 +43,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     let env = env.collect();
     let command = Some(command_line(args));
     let connected = client::connect(context, &args.weaver, SSH_PORT).await?;
-    Box::pin(ssh::run(connected, Remote { command, terminal: args.tty, env })).await
+    Box::pin(ssh::run(context, connected, Remote { command, terminal: args.tty, env })).await
 }
 
 /// The command line for the weaver's shell: `cd -- DIR && exec PROGRAM ARGUMENTS`.

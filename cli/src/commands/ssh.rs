@@ -54,7 +54,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Result<Exit> {
     }
     let command = (!args.command.is_empty()).then(|| args.command.join(" "));
     let terminal = args.tty || (command.is_none() && io::stdin().is_terminal());
-    Box::pin(ssh::run(connected, Remote { command, terminal, env: Vec::new() })).await
+    Box::pin(ssh::run(context, connected, Remote { command, terminal, env: Vec::new() })).await
 }
 
 /// Copies between standard input and output and a stream until the stream ends.

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use loom_api::client::ClientError;
 use russh::{
     Channel, ChannelMsg, ChannelReadHalf, ChannelWriteHalf, Preferred, Sig,
     client::{self, AuthResult, Handle, Msg},
@@ -26,6 +27,7 @@ use tokio::{
 
 use super::verify::{HostKeyError, verify};
 use crate::{
+    context::Context,
     daemon::client::Connected,
     error::{CliError, Exit, Result},
     output,
@@ -40,6 +42,8 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const SETUP_TIMEOUT: Duration = Duration::from_secs(30);
 /// For sending the disconnect message. Without it the host sees the connection close.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_millis(200);
+/// For asking the server why the connection was lost.
+const REASON_TIMEOUT: Duration = Duration::from_secs(5);
 /// The size of one read from standard input.
 const CHUNK_SIZE: usize = 32 << 10;
 /// Reads that may wait to be sent.
@@ -98,7 +102,8 @@ enum Outcome {
 /// # Errors
 ///
 /// With exit code 255 when the connection itself fails.
-pub(crate) async fn run(connected: Connected, remote: Remote) -> Result<Exit> {
+pub(crate) async fn run(context: &Context, connected: Connected, remote: Remote) -> Result<Exit> {
+    let weaver = connected.weaver.clone();
     let setup = timeout(SETUP_TIMEOUT, Box::pin(set_up(connected, &remote))).await;
     let (session, channel) = setup.map_err(|_| failed("the weaver does not answer"))??;
     let end = Box::pin(copy(channel, remote.terminal)).await;
@@ -107,14 +112,29 @@ pub(crate) async fn run(connected: Connected, remote: Remote) -> Result<Exit> {
     match end {
         Outcome::Code(code) => Ok(Exit(code)),
         Outcome::Refused => Err(failed("the weaver refused to run it")),
-        Outcome::Lost => {
-            Err(failed("the connection was lost").hint("loom events ID shows what happened to the weaver"))
-        }
+        Outcome::Lost => Err(lost(context, &weaver).await),
         Outcome::Escaped => {
             output::note("connection closed");
             Ok(Exit::CONNECTION)
         }
         Outcome::OutputClosed => Err(CliError::silent(Exit::OUTPUT_CLOSED)),
+    }
+}
+
+/// Why the connection was lost, if the server can say it: the weaver has ended, or the user may not reach it any more.
+async fn lost(context: &Context, weaver: &str) -> CliError {
+    let error = failed("the connection was lost").hint("loom events ID shows what happened to the weaver");
+    let Ok(client) = context.client() else { return error };
+    let path = format!("/api/weavers/{weaver}");
+    match timeout(REASON_TIMEOUT, client.get::<serde_json::Value>(&path)).await {
+        Ok(Err(ClientError::Api(reason))) => {
+            let error = failed(format_args!("the connection was lost: {reason}"));
+            match reason.hint {
+                Some(hint) => error.hint(hint),
+                None => error,
+            }
+        }
+        _ => error,
     }
 }
 

@@ -166,6 +166,18 @@ fn twelve_commands_at_once_over_one_openssh_connection_each_return_their_code() 
 }
 
 #[test]
+fn openssh_forwards_to_the_weaver_and_never_from_it() -> Result<()> {
+    let (system, weaver) = system_with_weaver()?;
+    configure_openssh(&system)?;
+    let mut command = openssh(&system, "ssh")?;
+    command.args(["-o", "ExitOnForwardFailure=yes", "-R", "9999:localhost:22"]);
+    let output = command.arg(format!("{}.loom", weaver.id)).arg("true").output()?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && errors.contains("remote port forwarding failed"), "{output:?}");
+    system.stop()
+}
+
+#[test]
 fn a_weaver_that_does_not_exist_is_said_so_before_anything_is_tried() -> Result<()> {
     let system = System::start()?;
     let output = system.output(&["ssh", "W-01890000-0000-7000-8000-000000000000", "--", "true"])?;

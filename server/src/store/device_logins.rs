@@ -78,7 +78,8 @@ pub enum Approval {
 }
 
 impl Store {
-    /// Records a device login. Those that have expired go first.
+    /// Records a device login. Those that have expired go first; when there are too many in all, the oldest of the
+    /// network with the most gives way.
     pub async fn add_device_login(
         &self,
         device_code: &str,
@@ -97,10 +98,20 @@ impl Store {
         .bind(&network)
         .fetch_one(&mut *transaction)
         .await?;
-        if all >= MAX_LOGINS || of_network >= MAX_LOGINS_OF_NETWORK {
+        if of_network >= MAX_LOGINS_OF_NETWORK {
             // What has expired stays deleted.
             transaction.commit().await?;
             return Err(DeviceLoginError::TooMany);
+        }
+        if all >= MAX_LOGINS {
+            // Whoever has hundreds of networks keeps nobody out who has one.
+            sqlx::query(
+                "DELETE FROM device_logins WHERE device_hash = (SELECT device_hash FROM device_logins \
+                 WHERE client_network = (SELECT client_network FROM device_logins GROUP BY client_network \
+                 ORDER BY COUNT(*) DESC LIMIT 1) ORDER BY created_at LIMIT 1)",
+            )
+            .execute(&mut *transaction)
+            .await?;
         }
         sqlx::query(
             "INSERT INTO device_logins \
@@ -286,6 +297,31 @@ mod tests {
         let made = store.token(made.expose()).await.expect("read").expect("found");
         assert!(made.kind == Some(TokenKind::Login) && made.expires_at.is_some());
         assert!(matches!(poll(&store, "device").await, DevicePoll::Expired));
+    }
+
+    #[tokio::test]
+    async fn whoever_has_many_networks_keeps_nobody_out() {
+        let (_directory, store) = temporary().await;
+        let soon = Timestamp::now() + SignedDuration::from_secs(60);
+        store.add_device_login("honest", "HONEST", &client("192.0.2.7"), soon).await.expect("recorded");
+        // As two hundred networks would leave it.
+        sqlx::query(
+            "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?) \
+             INSERT INTO device_logins (device_hash, user_hash, client_name, client_address, client_network, created_at, \
+             expires_at) SELECT 'd' || n, 'u' || n, '', '', '10.0.0.' || (n % 200), 0, ? FROM numbers",
+        )
+        .bind(MAX_LOGINS - 1)
+        .bind(millis(soon))
+        .execute(store.writer())
+        .await
+        .expect("filled");
+        store.add_device_login("late", "LATE", &client("198.51.100.9"), soon).await.expect("recorded");
+        for code in ["HONEST", "LATE"] {
+            assert!(store.pending_device_login(code).await.expect("read").is_some(), "{code}");
+        }
+        let count: i64 =
+            sqlx::query_scalar("SELECT COUNT(*) FROM device_logins").fetch_one(store.reader()).await.expect("counted");
+        assert_eq!(count, MAX_LOGINS);
     }
 
     #[tokio::test]

@@ -25,6 +25,7 @@ use crate::{
     api,
     config::{Backend, Config},
     device_limits::DeviceLimits,
+    durable,
     events::Events,
     listener::Listener,
     metrics::Metrics,
@@ -146,7 +147,7 @@ impl App {
             // Probes are answered until the end.
             tasks.spawn(listener.serve(api::metrics::router(state.clone()), CancellationToken::new()));
         }
-        write_whole(&listen_file, &address.to_string())?;
+        durable::write_atomically(&listen_file, address.to_string().as_bytes(), 0o644)?;
         tracing::info!(%address, data = %state.config.data_dir.display(), backend = state.provisioner.name(), "serving");
         Ok(Self { state, listener, tasks, data_lock })
     }
@@ -234,11 +235,4 @@ async fn start_backend(
         tracing::warn!("{} backend: {warning}", provisioner.name());
     }
     Ok(provisioner)
-}
-
-/// Writes a file so that whoever reads it finds all of it.
-fn write_whole(path: &Path, content: &str) -> Result<()> {
-    let temporary = path.with_extension("new");
-    fs::write(&temporary, content)?;
-    Ok(fs::rename(&temporary, path)?)
 }

@@ -153,7 +153,7 @@ impl Store {
         Ok((found, address))
     }
 
-    /// Records the key of the agent that has proved itself and the key; the weaver as it is now, and the key that it had before.
+    /// Records an agent that has proved itself and its key; the weaver as it is now, and the key that it had before.
     pub async fn register_agent(
         &self,
         weaver: WeaverId,

@@ -8,10 +8,8 @@
 use std::{
     collections::HashSet,
     fs::{self, File},
-    io::{ErrorKind, Read as _, Write as _},
-    os::unix::fs::{
-        DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown, fchown, lchown,
-    },
+    io::{ErrorKind, Read as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown, lchown},
     path::{Path, PathBuf},
 };
 
@@ -21,7 +19,11 @@ use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use super::LocalSpec;
-use crate::{fault, secrets::new_token};
+use crate::{
+    durable::{write_atomically, write_atomically_for},
+    fault,
+    secrets::new_token,
+};
 
 /// How many users there are for weavers when the server is root, from `local-uid` on.
 const UIDS: u32 = 4096;
@@ -177,23 +179,6 @@ fn make_directory(path: &Path, mode: u32) -> Result<()> {
         // The mode again, because the process's mask took bits away, or it was there with another.
         _ => Ok(fs::set_permissions(path, fs::Permissions::from_mode(mode))?),
     }
-}
-
-/// Writes a file so that whoever reads it sees the old content or the new one.
-pub(super) fn write_atomically(path: &Path, content: &[u8], mode: u32) -> Result<()> {
-    write_atomically_for(None, path, content, mode)
-}
-
-fn write_atomically_for(uid: Option<u32>, path: &Path, content: &[u8], mode: u32) -> Result<()> {
-    let temporary = path.with_extension("new");
-    let _ = fs::remove_file(&temporary);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-    file.write_all(content)?;
-    if uid.is_some() {
-        fchown(&file, uid, uid)?;
-    }
-    drop(file);
-    fs::rename(&temporary, path).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Removes a directory and all in it, also directories that their owner has made read-only. Links are removed, not

@@ -23,7 +23,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{LocalSpec, LocalStatus, directory::write_atomically, namespaces, trust};
+use super::{LocalSpec, LocalStatus, namespaces, trust};
+use crate::durable::write_atomically;
 
 /// How long the host may take after it was asked to end.
 const HOST_GRACE: Duration = Duration::from_secs(5);

@@ -4,7 +4,10 @@
 use std::{collections::BTreeMap, fs::File, io::Read as _};
 
 use anyhow::{Context as _, Result};
-use base64::{Engine as _, engine::general_purpose::STANDARD};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
 use ring::hmac;
 use serde_json::{Value, json};
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -32,7 +35,7 @@ impl KeyPair {
     /// The public half as it stands in a path or query: URL-safe, without padding.
     #[must_use]
     pub fn in_url(&self) -> String {
-        self.public().trim_end_matches('=').replace('+', "-").replace('/', "_")
+        URL_SAFE_NO_PAD.encode(PublicKey::from(&self.private))
     }
 
     /// Answers a challenge of the server's.
@@ -51,6 +54,11 @@ impl KeyPair {
         let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, shared.as_bytes()), &message);
         Ok(json!({"nonce": nonce, "mac": STANDARD.encode(mac)}))
     }
+
+    /// What asks for the device's admission to a weaver, with its answer to a challenge.
+    pub fn admission(&self, challenge: &Value) -> Result<Value> {
+        Ok(json!({"public_key": self.public(), "proof": self.answer(challenge)?}))
+    }
 }
 
 impl System {
@@ -61,8 +69,7 @@ impl System {
 
     /// Asks for a device's admission to a weaver, with a proof that its owner holds the key.
     pub fn open_tunnel(&self, token: &str, weaver: &Weaver, device: &KeyPair) -> Result<Answer> {
-        let proof = device.answer(&self.key_challenge()?)?;
-        self.open_tunnel_with(token, weaver, &json!({"public_key": device.public(), "proof": proof}))
+        self.open_tunnel_with(token, weaver, &device.admission(&self.key_challenge()?)?)
     }
 
     /// The same with any body.
@@ -83,8 +90,8 @@ impl System {
         for some in devices.chunks(1000) {
             let challenge = self.key_challenge()?;
             let requests = some.iter().map(|(token, device)| {
-                let proof = device.answer(&challenge)?;
-                let body = json!({"public_key": device.public(), "proof": proof, "candidates": candidates});
+                let mut body = device.admission(&challenge)?;
+                body["candidates"] = json!(candidates);
                 Ok((*token, "POST", format!("/api/weavers/{}/tunnel", weaver.id), body.to_string()))
             });
             for (status, count) in self.request_all(&requests.collect::<Result<Vec<_>>>()?)? {

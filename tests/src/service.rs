@@ -1,6 +1,9 @@
 //! What an honest user gets of a server that somebody else troubles at the same time.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -63,5 +66,17 @@ impl System {
     /// How much memory the server takes.
     pub fn server_memory(&self) -> Result<Memory> {
         self.server_pid().and_then(memory).context("the server has gone")
+    }
+
+    /// The size of the server's database in bytes, its journal included.
+    pub fn database_size(&self) -> Result<u64> {
+        let mut size = 0;
+        for entry in fs::read_dir(self.path("data"))? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with("loom.db") {
+                size += entry.metadata()?.len();
+            }
+        }
+        Ok(size)
     }
 }

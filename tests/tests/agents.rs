@@ -2,7 +2,7 @@
 //! mistaken for somebody else's words, and is about its own weaver only.
 
 use std::{
-    fs, thread,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -49,24 +49,13 @@ fn event(system: &System, weaver: &Weaver, words: &str) -> Result<Value> {
     })
 }
 
-fn database_size(system: &System) -> Result<u64> {
-    let mut size = 0;
-    for entry in fs::read_dir(system.path("data"))? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("loom.db") {
-            size += entry.metadata()?.len();
-        }
-    }
-    Ok(size)
-}
-
 #[test]
 fn a_flood_of_events_fills_nothing_and_keeps_nobody_waiting() -> Result<()> {
     let system = System::start()?;
     let (hostile, honest) = (system.new_weaver(&[])?, system.new_weaver(&[])?);
     system.run(&["ssh", &honest.id, "--", "true"])?;
     let agent = Agent::in_place_of_the_real_one(&system, &hostile)?;
-    let (before, had, start) = (database_size(&system)?, events(&system, &hostile)?.len(), Instant::now());
+    let (before, had, start) = (system.database_size()?, events(&system, &hostile)?.len(), Instant::now());
     let mut user = HonestUser::new(&system, &honest);
     let links = thread::scope(|scope| {
         let flood = scope.spawn(|| flood(&agent, start + FLOOD));
@@ -75,7 +64,7 @@ fn a_flood_of_events_fills_nothing_and_keeps_nobody_waiting() -> Result<()> {
     })?;
     let wrote = (events(&system, &hostile)?.len() - had) as u64;
     let most = BURST + PER_SECOND * (start.elapsed().as_secs() + 1);
-    let grown = database_size(&system)?.saturating_sub(before);
+    let grown = system.database_size()?.saturating_sub(before);
     eprintln!("{wrote} events on {links} links, the database grew by {} KiB, slowest {:?}", grown >> 10, user.slowest);
     ensure!(wrote <= most, "{wrote} events were written on {links} links, more than {most}");
     ensure!(grown <= GROWTH_ON_DISK, "the database grew by {grown} bytes");

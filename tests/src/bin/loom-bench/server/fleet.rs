@@ -152,8 +152,7 @@ fn connect_device(
 ) -> Result<WebSocket<TcpStream>> {
     let device = KeyPair::generate()?;
     let (_, challenge) = connection.request("GET", "/api/wireguard/challenge", token, "")?;
-    let proof = device.answer(&serde_json::from_slice(challenge)?)?;
-    let body = json!({"public_key": device.public(), "proof": proof}).to_string();
+    let body = device.admission(&serde_json::from_slice(challenge)?)?.to_string();
     let (status, answer) = connection.request("POST", &format!("/api/weavers/{weaver}/tunnel"), token, &body)?;
     ensure!(status == 200, "admitting a device: {status} {}", String::from_utf8_lossy(answer));
 

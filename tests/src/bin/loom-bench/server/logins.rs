@@ -31,7 +31,7 @@ pub(super) fn measure(fleet: &Fleet, report: &mut Report) -> Result<()> {
 
 /// Has strangers begin logins, and an honest user log in at the same time; a row of the table.
 fn flood(fleet: &Fleet, what: &str, begin: impl Fn(SocketAddr, usize) -> Result<usize> + Sync) -> Result<String> {
-    let before = database(&fleet.system)?;
+    let before = fleet.system.database_size()?;
     let (begun, elapsed, honest) = thread::scope(|scope| {
         let honest = scope.spawn(|| honest_login(&fleet.system));
         let start = Instant::now();
@@ -42,7 +42,7 @@ fn flood(fleet: &Fleet, what: &str, begin: impl Fn(SocketAddr, usize) -> Result<
     })?;
     let honest = honest.map_or_else(|error| format!("refused: {error:#}"), seconds);
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-    let grown = database(&fleet.system)?.saturating_sub(before) as f64 / f64::from(1 << 20);
+    let grown = fleet.system.database_size()?.saturating_sub(before) as f64 / f64::from(1 << 20);
     Ok(format!("| {STARTS} starts {what} | {} | {begun} | {grown:.1} MiB | {honest} |", seconds(elapsed)))
 }
 
@@ -90,10 +90,4 @@ fn honest_login(system: &System) -> Result<Duration> {
     }
     ensure!(login.wait()?.success(), "{}", said.join(" "));
     Ok(start.elapsed())
-}
-
-/// How large the database is, its journal included.
-fn database(system: &System) -> Result<u64> {
-    let size = |name: &str| std::fs::metadata(system.path("data").join(name)).map_or(0, |file| file.len());
-    Ok(size("loom.db") + size("loom.db-wal"))
 }
